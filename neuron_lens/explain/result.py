@@ -1,0 +1,261 @@
+"""What is concluded about a unit: explanation, scores, controls, causal effect. The typed content of result.json.
+
+A score that could not be computed is `None`, never zero, and its coverage says how much of the planned evidence
+was there. Everything is deterministic given model, corpus, settings and seed: no dates, no durations.
+
+A run folder holds `run.json` (a `RunResult`) and, for every unit, `units/<unit.name>/result.json`
+(a `UnitResult`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self, TypeVar
+
+from pydantic import Field, NonNegativeInt, ValidationError
+
+from neuron_lens.errors import RequestError
+from neuron_lens.records import QuantileStratum, Record, TokenWindow, Unit, UnitStatistics
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "AblationEffect",
+    "CausalEffect",
+    "Control",
+    "Explanation",
+    "ModelFacts",
+    "Predicate",
+    "RunFacts",
+    "RunResult",
+    "Score",
+    "ScoredWindow",
+    "SplitCounts",
+    "Table",
+    "TableEntry",
+    "TokenValue",
+    "UnitResult",
+    "UnitSummary",
+]
+
+SCHEMA_VERSION = 1
+
+Stratum = Literal["top", "quantile", "random"]
+
+
+class TableEntry(Record):
+    """One row of a table: where the feature has the value `key`, the activation is predicted `value` higher."""
+
+    key: str
+    value: float
+    n: NonNegativeInt  # training tokens with this key
+
+
+class Table(Record):
+    """One readable rule: a feature of the text (such as "token" or "lexical_class") and an effect for its values.
+
+    Keys that are not listed have the effect 0. `share` is the part of the training variance the rule explains, given
+    the rules before it.
+    """
+
+    feature: str
+    title: str  # the feature in words: "the token", "the previous token"
+    entries: tuple[TableEntry, ...]
+    share: float
+
+
+class Predicate(Record):
+    """The whole prediction: `base` plus the effects of every table, no lower than `floor`."""
+
+    base: float
+    floor: float
+    tables: tuple[Table, ...]
+
+
+class Explanation(Record):
+    """A sentence for people, and the predicate that is simulated and scored. The sentence summarises the predicate."""
+
+    explainer: str  # "token_statistics"
+    sentence: str
+    predicate: Predicate | None = None
+
+
+class Score(Record):
+    """A figure with a bootstrap 95 % interval over windows; `None` where it could not be computed."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: NonNegativeInt  # tokens it rests on
+    n_windows: NonNegativeInt
+    coverage: float = Field(ge=0, le=1)  # share of the planned windows that gave a prediction
+
+
+class Control(Record):
+    """The same scores for a prediction that should not work."""
+
+    name: Literal["another_unit", "shuffled"]
+    description: str
+    sentence: str | None  # the explanation used, where it is another unit's
+    scores: dict[str, Score]
+
+
+class ScoredWindow(Record):
+    """A test window with what the explanation predicted at each token (`None`: no prediction was obtained)."""
+
+    window: TokenWindow
+    simulated: tuple[float, ...] | None
+    stratum: Stratum
+
+
+class TokenValue(Record):
+    """A token and a figure for it (a logit, a change in log-probability)."""
+
+    token: str
+    id: NonNegativeInt
+    value: float
+
+
+class AblationEffect(Record):
+    """What replacing the unit's activation does to the next-token prediction at chosen positions.
+
+    Losses are in nats per token. `raised` and `lowered` are the next tokens whose log-probability changes most, averaged
+    over the positions (ablated minus intact).
+    """
+
+    n_positions: NonNegativeInt
+    loss_intact: float | None
+    loss_ablated: float | None
+    loss_change: Score
+    divergence: float | None  # mean KL(intact || ablated), nats
+    raised: tuple[TokenValue, ...]
+    lowered: tuple[TokenValue, ...]
+
+
+class CausalEffect(Record):
+    """The unit replaced where it fires, and, as the comparison, where it does not."""
+
+    replaced_by: Literal["zero", "mean"]
+    value: float
+    where_firing: AblationEffect
+    where_silent: AblationEffect
+
+
+class SplitCounts(Record):
+    """How many windows each part held; the parts never share a window."""
+
+    train: NonNegativeInt
+    validation: NonNegativeInt
+    test: NonNegativeInt
+
+
+class ModelFacts(Record):
+    """Which model was explained; `fingerprint` is a hash of its config and weights."""
+
+    name: str
+    n_layers: int
+    d_model: int
+    d_mlp: int
+    fingerprint: str
+
+
+class RunFacts(Record):
+    """What the result depends on besides the model."""
+
+    package_version: str
+    corpus: str
+    corpus_fingerprint: str
+    n_documents: NonNegativeInt
+    n_tokens: NonNegativeInt
+    n_unlexed_documents: NonNegativeInt  # documents whose lexical class is "unknown" throughout
+    window_length: NonNegativeInt
+    row_length: NonNegativeInt
+    seed: int
+
+
+class UnitResult(Record):
+    """Everything about one unit: the content of result.json and of its page.
+
+    `scores` and every control's `scores` share their names: "correlation" (Pearson, pooled over the tokens of the test
+    windows), "correlation_random" (the same over the random windows only: the unit at its natural density),
+    "detection_accuracy" (balanced, of "does it fire at this token"), "detection_auc".
+    """
+
+    schema_version: Literal[1] = 1
+    model: ModelFacts
+    run: RunFacts
+    unit: Unit
+    explanation: Explanation
+    statistics: UnitStatistics
+    scores: dict[str, Score]
+    controls: tuple[Control, ...]
+    splits: SplitCounts
+    train_top: tuple[TokenWindow, ...]
+    strata: tuple[QuantileStratum, ...]  # of the training windows
+    test_windows: tuple[ScoredWindow, ...]
+    promoted: tuple[TokenValue, ...]  # next tokens the unit's output weights raise, by logit
+    suppressed: tuple[TokenValue, ...]
+    causal: CausalEffect | None
+
+    def summary(self) -> UnitSummary:
+        """The unit's row in the run's table."""
+        return UnitSummary(
+            unit=self.unit,
+            sentence=self.explanation.sentence,
+            scores=self.scores,
+            controls={control.name: control.scores for control in self.controls},
+            density=self.statistics.density,
+            maximum=self.statistics.maximum,
+            loss_change=None if self.causal is None else self.causal.where_firing.loss_change,
+        )
+
+    @classmethod
+    def read(cls, path: Path | str) -> Self:
+        """Read a result.json. Raises RequestError when it is not one, or of another schema version."""
+        return _read(cls, path)
+
+
+class UnitSummary(Record):
+    """A row of the table of a run."""
+
+    unit: Unit
+    sentence: str
+    scores: dict[str, Score]
+    controls: dict[str, dict[str, Score]]
+    density: float
+    maximum: float
+    loss_change: Score | None
+
+    @property
+    def path(self) -> str:
+        """The unit's folder, relative to the run folder."""
+        return f"units/{self.unit.name}"
+
+
+class RunResult(Record):
+    """The index of a run folder: the content of run.json, one row a unit in order of layer and index."""
+
+    schema_version: Literal[1] = 1
+    model: ModelFacts
+    run: RunFacts
+    units: tuple[UnitSummary, ...]
+
+    @classmethod
+    def read(cls, path: Path | str) -> Self:
+        """Read a run.json. Raises RequestError when it is not one, or of another schema version."""
+        return _read(cls, path)
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+def _read(kind: type[AnyRecord], path: Path | str) -> AnyRecord:
+    try:
+        return kind.model_validate_json(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise RequestError(f"{path} does not exist; expected the {kind.__name__} of a finished run") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the whole file"
+        raise RequestError(
+            f"{path} is not a {kind.__name__} of schema version {SCHEMA_VERSION}: {place}: {first['msg']}"
+        ) from None
