@@ -1,0 +1,148 @@
+"""The sites of a transformer, nested as they are computed. This file is the map: read it top to bottom.
+
+Every site is a `FwdBwdHooks` that declares its axes in the words of `neuron_lens.shapes`. Inside a block, the
+model passes `layer=i`. An empty site costs next to nothing; one whose tensor is expensive (`attn.result`,
+`attn.qk_logits`, the per-head inputs of attention) is computed only in the layers where something is hooked.
+"""
+
+from __future__ import annotations
+
+from neuron_lens.hooks.tree import FwdBwdHooks, HookCollection
+from neuron_lens.shapes import Axis
+
+__all__ = [
+    "AttentionHooks",
+    "MLPHooks",
+    "NormalizationHooks",
+    "ResidualStreamHooks",
+    "ResidualStreamTorsoHooks",
+    "TransformerHooks",
+]
+
+STREAM: tuple[Axis, ...] = ("batch", "pos", "d_model")
+PER_HEAD_STREAM: tuple[Axis, ...] = ("batch", "pos", "head", "d_model")
+PER_KV_HEAD_STREAM: tuple[Axis, ...] = ("batch", "pos", "kv_head", "d_model")
+HEADS: tuple[Axis, ...] = ("batch", "pos", "head", "d_head")
+KV_HEADS: tuple[Axis, ...] = ("batch", "pos", "kv_head", "d_head")
+PATTERN: tuple[Axis, ...] = ("batch", "head", "pos", "key_pos")
+NEURONS: tuple[Axis, ...] = ("batch", "pos", "d_mlp")
+EXPERTS: tuple[Axis, ...] = ("batch", "pos", "expert")
+
+
+class NormalizationHooks(HookCollection):
+    """Inside a norm: x − mean, the divisor, and their quotient before the norm's weight and bias."""
+
+    def __init__(self, *, per_layer: bool = True) -> None:
+        super().__init__()
+        self.post_mean_subtraction = FwdBwdHooks(STREAM, per_layer=per_layer)
+        self.scale = FwdBwdHooks(("batch", "pos", "one"), per_layer=per_layer)
+        self.post_scale = FwdBwdHooks(STREAM, per_layer=per_layer)
+        _adopt(self)
+
+
+class AttentionHooks(HookCollection):
+    """Inside attention. `q_in`, `k_in`, `v_in`: copies of the stream for each head, before the norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_in = FwdBwdHooks(PER_HEAD_STREAM)
+        self.k_in = FwdBwdHooks(PER_KV_HEAD_STREAM)
+        self.v_in = FwdBwdHooks(PER_KV_HEAD_STREAM)
+        self.q = FwdBwdHooks(HEADS)
+        self.k = FwdBwdHooks(KV_HEADS)
+        self.v = FwdBwdHooks(KV_HEADS)
+        self.rot_q = FwdBwdHooks(HEADS)
+        self.rot_k = FwdBwdHooks(KV_HEADS)
+        self.qk_logits = FwdBwdHooks(PATTERN)
+        self.qk_softmax_denominator = FwdBwdHooks(("batch", "head", "pos", "one"))
+        self.qk_probs = FwdBwdHooks(PATTERN)
+        self.v_out = FwdBwdHooks(HEADS)
+        self.result = FwdBwdHooks(PER_HEAD_STREAM)
+        _adopt(self)
+
+
+class MLPHooks(HookCollection):
+    """Inside the MLP: its neurons. `pre_linear` is the ungated branch of a gated MLP; `router_logits` and
+    `expert_weights` are those of a mixture of experts (weights are 0 for experts a token does not use)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pre_act = FwdBwdHooks(NEURONS)
+        self.pre_linear = FwdBwdHooks(NEURONS)
+        self.post_act = FwdBwdHooks(NEURONS)
+        self.router_logits = FwdBwdHooks(EXPERTS)
+        self.expert_weights = FwdBwdHooks(EXPERTS)
+        _adopt(self)
+
+
+class ResidualStreamTorsoHooks(HookCollection):
+    """The residual stream through one block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pre_attn = FwdBwdHooks(STREAM)
+        self.attn_in = FwdBwdHooks(PER_HEAD_STREAM)
+        self.ln_attn = NormalizationHooks()
+        self.post_ln_attn = FwdBwdHooks(STREAM)
+        self.ln_attn_out = NormalizationHooks()
+        self.delta_attn = FwdBwdHooks(STREAM)
+        self.post_attn = FwdBwdHooks(STREAM)
+        self.mlp_in = FwdBwdHooks(STREAM)
+        self.ln_mlp = NormalizationHooks()
+        self.post_ln_mlp = FwdBwdHooks(STREAM)
+        self.ln_mlp_out = NormalizationHooks()
+        self.delta_mlp = FwdBwdHooks(STREAM)
+        self.post_mlp = FwdBwdHooks(STREAM)
+        _adopt(self)
+
+
+class ResidualStreamHooks(HookCollection):
+    """The residual stream from the embedding to the final norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.post_emb = FwdBwdHooks(STREAM, per_layer=False)
+        self.torso = ResidualStreamTorsoHooks()
+        self.ln_f = NormalizationHooks(per_layer=False)
+        self.post_ln_f = FwdBwdHooks(STREAM, per_layer=False)
+        _adopt(self)
+
+
+class EmbeddingHooks(HookCollection):
+    """The token and position embeddings, before they are added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tok = FwdBwdHooks(STREAM, per_layer=False)
+        self.pos = FwdBwdHooks(STREAM, per_layer=False)
+        _adopt(self)
+
+
+class TransformerHooks(HookCollection):
+    """The whole tree. An argument of `Transformer.forward`; the model itself holds no hooks.
+
+    >>> hooks = TransformerHooks()
+    >>> hooks.append_to_path("resid.torso.post_mlp.fwd", lambda x, layer: x * 2 if layer == 3 else None).is_empty()
+    False
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = EmbeddingHooks()
+        self.resid = ResidualStreamHooks()
+        self.attn = AttentionHooks()
+        self.mlp = MLPHooks()
+        self.logits = FwdBwdHooks(("batch", "pos", "d_vocab"), per_layer=False)
+        _adopt(self)
+
+    def hooked_sites(self) -> list[FwdBwdHooks]:
+        """Sites that hold at least one hook, in computation order."""
+        return [site for site in self.sites() if site.has_any()]
+
+
+def _adopt(node: HookCollection) -> None:
+    """Register the collections just set as attributes as children, in the order they were set."""
+    for name, child in list(vars(node).items()):
+        if isinstance(child, HookCollection):
+            delattr(node, name)
+            node.add_subhooks(name, child)
