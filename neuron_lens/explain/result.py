@@ -1,7 +1,7 @@
-"""What is concluded about a unit: explanation, scores, controls, causal effect. The typed content of result.json.
+"""What is concluded about a unit: explanation, scores, controls, causal effect; the content of result.json.
 
-A score that could not be computed is `None`, never zero, and its coverage says how much of the planned evidence
-was there. Everything is deterministic given model, corpus, settings and seed: no dates, no durations.
+A score that could not be computed is `None`, never zero, and its coverage says how much of the planned
+evidence was there. Everything is deterministic given model, corpus, settings and seed: no dates, no durations.
 
 A run folder holds `run.json` (a `RunResult`) and, for every unit, `units/<unit.name>/result.json`
 (a `UnitResult`).
@@ -43,7 +43,7 @@ Stratum = Literal["top", "quantile", "random"]
 
 
 class TableEntry(Record):
-    """One row of a table: where the feature has the value `key`, the activation is predicted `value` higher."""
+    """One row of a table: where the feature has the value `key`, the prediction is `value` higher."""
 
     key: str
     value: float
@@ -51,10 +51,10 @@ class TableEntry(Record):
 
 
 class Table(Record):
-    """One readable rule: a feature of the text (such as "token" or "lexical_class") and an effect for its values.
+    """One readable rule: a feature of the text (such as "token" or "lexical_class") and effects of its values.
 
-    Keys that are not listed have the effect 0. `share` is the part of the training variance the rule explains, given
-    the rules before it.
+    Keys that are not listed have the effect 0. `share` is the part of the training variance the rule
+    explains, given the rules before it.
     """
 
     feature: str
@@ -72,11 +72,16 @@ class Predicate(Record):
 
 
 class Explanation(Record):
-    """A sentence for people, and the predicate that is simulated and scored. The sentence summarises the predicate."""
+    """A sentence for people, and the predicate it summarises, which is what is simulated and scored.
+
+    `firing_threshold` is the predicted activation above which the explanation says that the unit fires
+    (chosen on the validation windows).
+    """
 
     explainer: str  # "token_statistics"
     sentence: str
     predicate: Predicate | None = None
+    firing_threshold: float | None = None
 
 
 class Score(Record):
@@ -100,7 +105,7 @@ class Control(Record):
 
 
 class ScoredWindow(Record):
-    """A test window with what the explanation predicted at each token (`None`: no prediction was obtained)."""
+    """A test window with what the explanation predicted at each token (`None`: no prediction)."""
 
     window: TokenWindow
     simulated: tuple[float, ...] | None
@@ -118,8 +123,8 @@ class TokenValue(Record):
 class AblationEffect(Record):
     """What replacing the unit's activation does to the next-token prediction at chosen positions.
 
-    Losses are in nats per token. `raised` and `lowered` are the next tokens whose log-probability changes most, averaged
-    over the positions (ablated minus intact).
+    Losses are in nats per token. `raised` and `lowered` are the next tokens whose log-probability changes
+    most, averaged over the positions (ablated minus intact).
     """
 
     n_positions: NonNegativeInt
@@ -175,8 +180,8 @@ class RunFacts(Record):
 class UnitResult(Record):
     """Everything about one unit: the content of result.json and of its page.
 
-    `scores` and every control's `scores` share their names: "correlation" (Pearson, pooled over the tokens of the test
-    windows), "correlation_random" (the same over the random windows only: the unit at its natural density),
+    `scores` and every control's `scores` share their names: "correlation" (Pearson, pooled over the tokens of
+    the test windows), "correlation_random" (over the random windows only: the unit at its natural density),
     "detection_accuracy" (balanced, of "does it fire at this token"), "detection_auc".
     """
 

@@ -1,0 +1,293 @@
+"""Documents to annotated windows: where the text comes from, how it is cut, and what Python says about it.
+
+A document is cut into rows of at most `row_length` tokens, the most the model reads at once. Rows overlap: the
+first `context` tokens of every row but a document's first are there to be read only, so that every token is kept
+exactly once and none but a document's first lacks left context. The kept part of a row is cut into windows of
+one length. Rows, not windows, are dealt out to train, validation and test, by a hash of the place: parts never
+share a token, and neighbouring windows stay together.
+
+Knows no model: tokens and text only.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from neuron_lens.errors import RequestError
+from neuron_lens.harvest.annotate import COLUMN_NAMES, annotate
+from neuron_lens.windows import ABSENT, SPLITS, IntArray, TextWindows
+
+__all__ = [
+    "Corpus",
+    "Document",
+    "Row",
+    "TextTokenizer",
+    "WindowShape",
+    "cut",
+    "gather_windows",
+    "split_of",
+    "split_sizes",
+]
+
+_LOG = logging.getLogger(__name__)
+
+# Of every ten rows: six train, two validation, two test.
+_SPLIT_BY_TENTH = (0, 0, 0, 0, 0, 0, 1, 1, 2, 2)
+
+# What a folder is searched for; a file named outright is read whatever its name.
+_TEXT_SUFFIXES = frozenset((
+    ".c", ".cfg", ".cpp", ".css", ".go", ".h", ".html", ".ini", ".java", ".js", ".json", ".jsonl",
+    ".md", ".py", ".pyi", ".rs", ".rst", ".toml", ".ts", ".txt", ".yaml", ".yml",
+))  # fmt: skip
+
+
+class TextTokenizer(Protocol):
+    """What is needed of a tokenizer (`neuron_lens.tokenizers` has it)."""
+
+    def encode(self, text: str, *, bos: bool | None = None) -> Sequence[int]:
+        """Text to token ids."""
+
+    def offsets(
+        self, text: str, *, bos: bool | None = None
+    ) -> tuple[Sequence[int], Sequence[tuple[int, int]]]:
+        """Text to token ids, and the characters each covers."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and the name it goes by."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowShape:
+    """How documents are cut: lengths in tokens."""
+
+    length: int = 64
+    row_length: int = 256
+    context: int = 64
+
+    def __post_init__(self) -> None:
+        room = self.row_length - self.context
+        if not (self.length > 0 and self.context >= 0 and room > 0 and room % self.length == 0):
+            raise RequestError(
+                f"rows of {self.row_length} tokens with {self.context} of context cannot be cut into windows of "
+                f"{self.length}: row_length - context must be a positive multiple of length"
+            )
+        if self.context % self.length:
+            raise RequestError(
+                f"context ({self.context}) must be a multiple of the window length ({self.length})"
+            )
+
+    @classmethod
+    def fitting(cls, n_ctx: int) -> WindowShape:
+        """The default shape, smaller where the model reads less than that at once."""
+        if n_ctx >= cls.row_length:
+            return cls()
+        length = max(1, min(cls.length, n_ctx // 4))
+        return cls(length=length, context=length, row_length=n_ctx // length * length)
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """What the model reads at once: `ids` of one document from token `start`; from `keep_from` on they are kept."""
+
+    document: int
+    start: int
+    keep_from: int
+    ids: IntArray
+    split: int
+
+
+class Corpus:
+    """Documents that can be read as often as needed: `name`, `fingerprint`, and iteration."""
+
+    def __init__(self, name: str, read: Callable[[], Iterator[Document]]) -> None:
+        """`read` begins anew at every call. Raises RequestError when there is no text at all."""
+        self.name = name
+        self._read = read
+        digest = hashlib.blake2b(digest_size=16)
+        self.n_documents = 0
+        for document in self:
+            self.n_documents += 1
+            for part in (document.name, document.text):
+                digest.update(len(part).to_bytes(8, "little") + part.encode("utf-8", "surrogatepass"))
+        if self.n_documents == 0:
+            raise RequestError(
+                f"the corpus {name} is empty: no document with any text in it; give other files"
+            )
+        self.fingerprint = digest.hexdigest()
+
+    def __iter__(self) -> Iterator[Document]:
+        return (document for document in self._read() if document.text.strip())
+
+    @classmethod
+    def of_documents(cls, documents: Iterable[Document], name: str = "documents") -> Corpus:
+        """A corpus of documents held in memory."""
+        held = tuple(documents)
+        return cls(name, lambda: iter(held))
+
+    @classmethod
+    def of_paths(cls, paths: Sequence[str | Path]) -> Corpus:
+        """Files, folders (searched for text files) and globs. `.jsonl` and `.jsonl.gz` hold a document a line.
+
+        A line is an object with "text" and, if it likes, "path". Raises RequestError for a path that matches
+        nothing, a named file that is not UTF-8, a bad line, or no text at all.
+        """
+        files = [file for path in paths for file in _files(str(path))]
+        name = ", ".join(str(path) for path in paths)
+        return cls(name, lambda: (document for file in files for document in _documents(file)))
+
+    def rows(self, tokenizer: TextTokenizer, shape: WindowShape, seed: int = 0) -> Iterator[Row]:
+        """All rows of all documents, in order."""
+        for index, document in enumerate(self):
+            yield from cut(
+                index, np.asarray(tokenizer.encode(document.text, bos=False), dtype=np.int32), shape, seed
+            )
+
+
+def cut(document: int, ids: IntArray, shape: WindowShape, seed: int = 0) -> Iterator[Row]:
+    """The rows of one document."""
+    stride = shape.row_length - shape.context
+    start = 0
+    while start == 0 or start + shape.context < len(ids):
+        keep_from = shape.context if start else 0
+        row = ids[start : start + shape.row_length]
+        if len(row):
+            yield Row(document, start, keep_from, row, split_of(document, start, seed))
+        start += stride
+
+
+def split_of(document: int, row_start: int, seed: int = 0) -> int:
+    """Which of SPLITS a row belongs to: a hash of its place, the same in every run."""
+    digest = hashlib.blake2b(f"{seed}:{document}:{row_start}".encode(), digest_size=8).digest()
+    return _SPLIT_BY_TENTH[int.from_bytes(digest, "little") % 10]
+
+
+def gather_windows(
+    corpus: Corpus,
+    tokenizer: TextTokenizer,
+    shape: WindowShape,
+    kept: set[tuple[int, int]],
+    token_texts: Sequence[str],
+    seed: int = 0,
+) -> tuple[TextWindows, int]:
+    """The kept windows, given by (document, start), with all their columns; and how many documents did not lex."""
+    parts: list[dict[str, IntArray]] = []
+    places: list[tuple[int, int, int, int, int]] = []
+    names: list[str] = []
+    wanted: dict[int, list[int]] = {}
+    for document_index, start in sorted(kept):
+        wanted.setdefault(document_index, []).append(start)
+    unlexed = 0
+    for index, document in enumerate(corpus):
+        names.append(document.name)
+        if index not in wanted:
+            continue
+        ids, spans = tokenizer.offsets(document.text, bos=False)
+        columns, known = annotate(document.text, np.asarray(ids, dtype=np.int32), spans)
+        unlexed += not known
+        for start in wanted[index]:
+            row_start = _row_start(start, shape)
+            places.append(
+                (index, start, spans[start][0], start - row_start, split_of(index, row_start, seed))
+            )
+            parts.append({name: _slice(column, row_start, start, shape) for name, column in columns.items()})
+    documents, starts, character, position, split = (
+        np.array(column, dtype=np.int32) for column in zip(*places, strict=True)
+    )
+    stacked = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+    windows = TextWindows(
+        length=shape.length,
+        context=shape.row_length - shape.length,
+        documents=tuple(names),
+        token_texts=tuple(token_texts),
+        names=COLUMN_NAMES,
+        document=documents,
+        start=starts,
+        character_start=character,
+        context_position=position,
+        split=split,
+        columns=stacked,
+    )
+    return windows, unlexed
+
+
+def _row_start(start: int, shape: WindowShape) -> int:
+    """Where the row begins that keeps the window at `start`."""
+    stride = shape.row_length - shape.context
+    return 0 if start < shape.row_length else (start - shape.context) // stride * stride
+
+
+def _slice(column: IntArray, row_start: int, start: int, shape: WindowShape) -> IntArray:
+    """Left context (from the row's begin), window, and the token after it; ABSENT where there is none."""
+    context = shape.row_length - shape.length
+    out = np.full(context + shape.length + 1, ABSENT, dtype=np.int32)
+    own = column[row_start : start + shape.length + 1]
+    first = context - (start - row_start)
+    out[first : first + len(own)] = own
+    return out
+
+
+def _files(path: str) -> list[Path]:
+    """The files a path stands for, sorted."""
+    here = Path(path)
+    if here.is_file():
+        return [here]
+    if here.is_dir():
+        found = [file for file in here.rglob("*") if file.is_file() and _is_text_name(file.relative_to(here))]
+    else:
+        found = [Path(file) for file in glob.glob(path, recursive=True) if Path(file).is_file()]
+    if not found:
+        what = (
+            "a folder without text files"
+            if here.is_dir()
+            else "no file, folder or pattern that matches a file"
+        )
+        raise RequestError(f"corpus path {path!r}: {what}; give text files, folders, globs or .jsonl files")
+    return sorted(found)
+
+
+def _is_text_name(path: Path) -> bool:
+    hidden = any(part.startswith(".") or part == "__pycache__" for part in path.parts)
+    return not hidden and (path.suffix in _TEXT_SUFFIXES or path.name.endswith(".jsonl.gz"))
+
+
+def _documents(file: Path) -> Iterator[Document]:
+    try:
+        data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        text = data.decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise RequestError(f"cannot read {file} as UTF-8 text: {error}; leave it out or convert it") from None
+    if file.name.removesuffix(".gz").endswith(".jsonl"):
+        yield from _lines(file, text)
+    else:
+        yield Document(str(file), text)
+
+
+def _lines(file: Path, text: str) -> Iterator[Document]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            yield Document(str(entry.get("path", f"{file}:{number}")), str(entry["text"]))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise RequestError(f'{file}, line {number}: expected an object with "text" ({error!r})') from None
+
+
+def split_sizes(windows: TextWindows) -> dict[str, int]:
+    """How many windows each part holds."""
+    return {name: int((windows.split == code).sum()) for code, name in enumerate(SPLITS)}

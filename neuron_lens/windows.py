@@ -1,0 +1,134 @@
+"""Windows of documents as columns: what many units share about the text they were seen on.
+
+Numpy only. A column holds one integer per token: its id, or a code of an annotation whose names are kept
+beside it. Every window carries its left context, as far as the model had read it, and the token after it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from neuron_lens.errors import RequestError
+from neuron_lens.files.atomic import atomic_path
+from neuron_lens.records import TokenWindow
+
+__all__ = ["ABSENT", "SPLITS", "IntArray", "TextWindows"]
+
+IntArray = NDArray[np.int32]
+
+ABSENT = -1  # the code of "no token here": outside the document, or before the model's context
+
+SPLITS = ("train", "validation", "test")
+
+_PLACES = ("document", "start", "character_start", "context_position", "split")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TextWindows:
+    """Windows of one length: arrays `[window]` that place them, and columns `[window, context + length + 1]`.
+
+    In a column, the entries `context : context + length` are the window's own tokens, those before are the
+    left context, and the last one is the token that follows. `split` indexes `SPLITS`.
+    """
+
+    length: int
+    context: int
+    documents: tuple[str, ...]  # names, by document index
+    token_texts: tuple[str, ...]  # by id
+    names: dict[str, tuple[str, ...]]  # names of the codes of each annotation column
+    document: IntArray
+    start: IntArray
+    character_start: IntArray
+    context_position: IntArray
+    split: IntArray
+    columns: dict[str, IntArray]
+
+    def __len__(self) -> int:
+        return len(self.document)
+
+    @property
+    def present(self) -> NDArray[np.bool_]:
+        """Where a window has a token, `[window, length]` (the last window of a document can be short)."""
+        ids = self.columns["token"]
+        return np.asarray(ids[:, self.context : self.context + self.length] != ABSENT)
+
+    def rows_of(self, document: Sequence[int] | IntArray, start: Sequence[int] | IntArray) -> IntArray:
+        """The row of each window, by its identity. Raises RequestError for one that is not here."""
+        stride = np.int64(2**31)
+        own = self.document.astype(np.int64) * stride + self.start
+        order = np.argsort(own)
+        wanted = np.asarray(document, dtype=np.int64) * stride + np.asarray(start, dtype=np.int64)
+        place = np.searchsorted(own[order], wanted)
+        found = order[np.minimum(place, len(own) - 1)]
+        if not np.array_equal(own[found], wanted):
+            raise RequestError("a window was asked for that was not kept; harvest the corpus again")
+        return np.asarray(found, dtype=np.int32)
+
+    def record(self, row: int, activations: NDArray[np.floating[Any]], preceding: int = 12) -> TokenWindow:
+        """The window of `row` as a record, with one unit's activations `[length]`."""
+        here = slice(self.context, self.context + self.length)
+        ids = self.columns["token"][row]
+        own = ids[here][ids[here] != ABSENT]
+        before = ids[self.context - min(preceding, self.context) : self.context]
+        annotations = {
+            name: tuple(names[code] for code in self.columns[name][row, here][: len(own)])
+            for name, names in self.names.items()
+        }
+        return TokenWindow(
+            document=self.documents[self.document[row]],
+            document_index=int(self.document[row]),
+            start=int(self.start[row]),
+            character_start=int(self.character_start[row]),
+            context_position=int(self.context_position[row]),
+            tokens=tuple(self.token_texts[token] for token in own),
+            ids=tuple(int(token) for token in own),
+            activations=tuple(round(float(value), 5) for value in activations[: len(own)]),
+            preceding=tuple(self.token_texts[token] for token in before if token != ABSENT),
+            annotations=annotations,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write to one safetensors file, atomically; names travel in its metadata."""
+        from safetensors.numpy import save_file
+
+        tensors = {f"place.{name}": getattr(self, name) for name in _PLACES}
+        tensors |= {f"column.{name}": np.ascontiguousarray(column) for name, column in self.columns.items()}
+        facts = {
+            "length": self.length,
+            "context": self.context,
+            "documents": self.documents,
+            "token_texts": self.token_texts,
+            "names": self.names,
+        }
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={"facts": json.dumps(facts)})
+
+    @classmethod
+    def load(cls, path: Path) -> TextWindows:
+        """Read what `save` wrote. Raises RequestError when the file is not that."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="np") as file:
+                facts = json.loads(file.metadata()["facts"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise RequestError(
+                f"{path} does not hold harvested windows ({error}); delete it and run again"
+            ) from None
+        return cls(
+            length=facts["length"],
+            context=facts["context"],
+            documents=tuple(facts["documents"]),
+            token_texts=tuple(facts["token_texts"]),
+            names={name: tuple(names) for name, names in facts["names"].items()},
+            columns={name[7:]: value for name, value in tensors.items() if name.startswith("column.")},
+            **{name: tensors[f"place.{name}"] for name in _PLACES},
+        )
