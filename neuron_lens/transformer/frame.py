@@ -1,0 +1,61 @@
+"""What all blocks of one pass share: positions, masks, rotary tables, the key-value cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from neuron_lens.hooks import Run
+from neuron_lens.transformer.config import TransformerConfig
+from neuron_lens.transformer.kv_cache import KVCache
+from neuron_lens.transformer.masks import Masks
+from neuron_lens.transformer.rotary import RotaryTable, rotary_table
+
+__all__ = ["Frame"]
+
+
+@dataclass
+class Frame:
+    """Made once at the start of a pass, read by every block.
+
+    Attributes:
+        run: the pass as hooks see it.
+        positions: absolute position of each column, 0 where padding [batch or 1, pos].
+        masks: attention masks by window.
+        cache: keys and values of earlier passes, or None.
+    """
+
+    config: TransformerConfig
+    run: Run
+    positions: Tensor
+    masks: Masks
+    cache: KVCache | None
+    dtype: torch.dtype
+    _rotary: dict[bool, RotaryTable] = field(default_factory=dict)
+
+    @classmethod
+    def make(
+        cls, config: TransformerConfig, run: Run, cache: KVCache | None, device: torch.device, dtype: torch.dtype
+    ) -> Frame:
+        """The frame of a pass over `run`'s columns, after what `cache` holds."""
+        uniform = run.uniform
+        if uniform:
+            assert isinstance(run.starts, int), "uniform runs start at one position"
+            query = torch.arange(run.starts, run.starts + run.length, device=device)[None]
+            key = torch.arange(run.starts + run.length, device=device)[None]
+        else:
+            query = run.positions(device)
+            key = query if cache is None else cache.all_positions(query, run.length)  # type: ignore[assignment]
+        masks = Masks(query, key, uniform=uniform)
+        return cls(config, run, query.clamp(min=0), masks, cache, dtype)
+
+    def rotary(self, local: bool) -> RotaryTable:
+        """The rotary table of this pass; `local` for layers with a window and a base of their own."""
+        if local not in self._rotary:
+            assert self.config.rotary is not None, "asked for rotary tables of a model without"
+            length = self.masks.key_positions.shape[1]
+            table = rotary_table(self.config.rotary, self.positions, local=local, length=length, dtype=self.dtype)
+            self._rotary[local] = table
+        return self._rotary[local]
