@@ -1,0 +1,118 @@
+"""Latents of which few are active: values with indices, and decoding as a weighted sum of decoder rows.
+
+With k of d_latent latents active, the sum reads k rows instead of multiplying with the whole decoder.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from neuron_lens.errors import RequestError
+
+__all__ = ["SparseLatents", "sum_of_rows"]
+
+
+class SparseLatents(NamedTuple):
+    """The active latents of each position; indices of one position are distinct.
+
+    A tuple of two tensors, so that it passes through torch.func and torch.compile.
+    """
+
+    values: Tensor  # [..., active]
+    indices: Tensor  # [..., active], int64, in [0, d_latent)
+
+    def to_dense(self, d_latent: int) -> Tensor:
+        """The latents as one tensor [..., d_latent], zero where not listed. Differentiable in `values`."""
+        zeros = self.values.new_zeros(*self.values.shape[:-1], d_latent)
+        return zeros.scatter(-1, self.indices, self.values)
+
+
+def sum_of_rows(values: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
+    """Σ_j values[..., j] * rows[indices[..., j]].
+
+    Args:
+        values: [..., active], of the dtype of `rows`.
+        indices: [..., active], int64.
+        rows: [d_latent, d_out].
+
+    Returns:
+        [..., d_out]. Differentiable any number of times, forward and backward, in `values` and `rows`; works
+        under torch.func and torch.compile.
+    """
+    if values.shape != indices.shape:
+        raise RequestError(f"values {list(values.shape)} and indices {list(indices.shape)} differ in shape")
+    if torch.compiler.is_compiling():  # the compiler knows embedding_bag's own gradient, and no custom jvp
+        return _bag(values, indices, rows)
+    result = _SumOfRows.apply(values, indices, rows)  # type: ignore[no-untyped-call]
+    assert isinstance(result, Tensor)
+    return result
+
+
+def _bag(values: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
+    active = values.shape[-1]
+    flat = F.embedding_bag(
+        indices.reshape(-1, active), rows, per_sample_weights=values.reshape(-1, active), mode="sum"
+    )
+    return flat.reshape(*values.shape[:-1], rows.shape[-1])
+
+
+class _SumOfRows(torch.autograd.Function):
+    """embedding_bag with a gradient that can itself be differentiated, batched and pushed forward.
+
+    torch's own kernel has neither a second derivative nor forward mode nor a batching rule. The gradients go
+    one active latent at a time, so that no [..., active, d_out] tensor is ever made.
+    """
+
+    @staticmethod
+    def forward(values: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
+        return _bag(values, indices, rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        values, indices, rows = ctx.saved_tensors
+        each = range(values.shape[-1])
+        grad_values = grad_rows = None
+        if ctx.needs_input_grad[0]:
+            grad_values = torch.stack([(rows[indices[..., j]] * grad).sum(-1) for j in each], dim=-1)
+        if ctx.needs_input_grad[2]:
+            wide = torch.promote_types(rows.dtype, torch.float32)  # thousands of bfloat16 terms would be lost
+            grad_rows = torch.zeros_like(rows, dtype=wide)
+            for j in each:
+                term = (values[..., j, None] * grad).reshape(-1, rows.shape[-1])
+                grad_rows = grad_rows.index_add(0, indices[..., j].reshape(-1), term.to(wide))
+            grad_rows = grad_rows.to(rows.dtype)
+        return grad_values, None, grad_rows
+
+    @staticmethod
+    def jvp(ctx: Any, values_t: Tensor | None, _: None, rows_t: Tensor | None) -> Tensor:
+        values, indices, rows = ctx.saved_tensors
+        parts = []
+        if values_t is not None:
+            parts.append(sum_of_rows(values_t, indices, rows))
+        if rows_t is not None:
+            parts.append(sum_of_rows(values, indices, rows_t))
+        return sum(parts[1:], start=parts[0])
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], values: Tensor, indices: Tensor, rows: Tensor
+    ) -> tuple[Tensor, int]:
+        values, indices = (
+            tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            for tensor, dim in ((values, in_dims[0]), (indices, in_dims[1]))
+        )
+        if in_dims[2] is not None:  # every batch entry has rows of its own: stack them and shift the indices
+            rows = rows.movedim(in_dims[2], 0)
+            first = torch.arange(info.batch_size, device=rows.device) * rows.shape[1]
+            indices = indices + first.reshape(-1, *[1] * (indices.ndim - 1))
+            rows = rows.flatten(0, 1)
+        return sum_of_rows(values, indices, rows), 0
