@@ -124,7 +124,7 @@ def _checked_text(text: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise TokenizerError(
-            f"the text holds a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which "
-            "no token stands for; decode the text with errors='replace' first"
+            f"the text holds a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, "
+            "which no token stands for; decode the text with errors='replace' first"
         ) from error
     return text

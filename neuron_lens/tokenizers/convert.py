@@ -23,8 +23,8 @@ from neuron_lens.tokenizers.tiktoken import GPT2_PATTERN, TiktokenTokenizer
 
 __all__ = ["NotExact", "Roles", "tiktoken_from_description"]
 
-# Oniguruma (the library's engine) and tiktoken's disagree on line anchors, possessive counts and some escapes.
-_DIALECTS_DIFFER = re.compile(r"\}\+|\$|(?<!\[)\^|\\[hHRXAzZGbBK]")
+# Oniguruma (the library's engine) and tiktoken's differ on line anchors, possessive counts and some escapes.
+_DIALECTS_DIFFER = re.compile(r"\{[\d,]+\}\+|\$|(?<!\[)\^|\\[hHRXAzZGbBK]")
 
 
 class NotExact(Exception):

@@ -1,6 +1,6 @@
 """Tokenizers of the `tokenizers` library (extra `hf`).
 
-Those are SentencePiece-like BPE, Unigram, WordPiece, and byte-level BPE that tiktoken cannot reproduce exactly.
+Those are SentencePiece-like BPE, Unigram, WordPiece, and byte-level BPE that tiktoken cannot reproduce.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def as_tokenizer(given: Any) -> Tokenizer:
             bos_id=bos_id,
             eos_id=given.eos_token_id,
             pad_id=given.pad_token_id,
-            adds_bos=bos_id is not None and list(given("")["input_ids"])[:1] == [bos_id],
+            adds_bos=bos_id is not None and backend.encode("").ids[:1] == [bos_id],
         )
     if type(given).__module__.partition(".")[0] == "tokenizers" and hasattr(given, "to_str"):
         description = json.loads(given.to_str())
@@ -92,8 +92,8 @@ def _by_tiktoken_name(name: str) -> TiktokenTokenizer:
         return _from_encoding(tiktoken.get_encoding(name))
     except (OSError, ValueError) as error:  # the network's errors are OSErrors, a wrong checksum a ValueError
         raise TokenizerError(
-            f"tiktoken cannot download its encoding {name!r} ({type(error).__name__}); connect to the network "
-            "once, set TIKTOKEN_CACHE_DIR to a folder that has it, or give a local folder with tokenizer.json"
+            f"tiktoken cannot download its encoding {name!r} ({type(error).__name__}); connect to the "
+            "network once, set TIKTOKEN_CACHE_DIR to a folder that has it, or give a folder that has one"
         ) from error
 
 
@@ -178,6 +178,7 @@ def _describe_vocab_and_merges(folder: Path, config: dict[str, Any]) -> dict[str
     added_file = folder / "added_tokens.json"
     added = _read_json(added_file) if added_file.is_file() else {}
     roles = [_content(config.get(f"{role}_token")) for role in ("bos", "eos", "pad", "unk")]
+    roles += map(_content, config.get("additional_special_tokens") or [])
     added |= {token: vocab[token] for token in roles if token is not None and token in vocab}
     flags = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
     prefix_space = bool(config.get("add_prefix_space"))
