@@ -212,7 +212,8 @@ def test_accepted_ranks_are_exact(
     ours = tiktoken.Encoding("t", pat_str=r"(?s:.+)", mergeable_ranks=ranks, special_tokens={})
     reference = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=ignore))
     reference.pre_tokenizer = byte_level(use_regex=False)
-    for word in words:
+    made = ["".join(pair) for pair in merges]
+    for word in [*words, *made, *(token * 2 for token in made)]:
         assert ours.encode_ordinary(word) == reference.encode(word).ids
 
 
