@@ -3,8 +3,8 @@
 Every token is one `<i>` of the window's text. Its background is shaded by the true activation; a strip under
 it is shaded by the simulated one, on the same scale, so that agreement is seen at a glance. Whitespace stays
 what it is (indentation and line breaks are kept) and is made visible besides: a newline shows ↵, a tab ⇥,
-spaces show dots where the token is nothing but spaces. Shades are classes (`t1`..`t12`, `s1`..`s12`, with `tn`
-and `sn` for negative values, `sx` for a missing prediction), so that a page carries no inline style.
+spaces show dots where the token is nothing but spaces. Shades are classes (`t1`..`t12`, `s1`..`s12`, with
+`tn` and `sn` for negative values, `sx` for a missing prediction), so that a page carries no inline style.
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ def unit_result(
     layer: int = 2,
     level: float | None = 0.83,
     control: float | None = 0.04,
-    sentence: str = "Fires on the token `self` (and ` self`), most strongly as the first argument of a method.",
+    sentence: str = "Fires on the token `self` (and ` self`), mostly as the first argument of a method.",
     causal: bool = True,
     small: bool = False,
 ) -> UnitResult:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from neuron_lens.errors import RequestError
 from neuron_lens.report.heatmap import SHADES, legend, token_spans, visible_text
+
 from .parsing import Node, parse
 from .test_html import HOSTILE
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neuron_lens.report.html import Html, document, element, fragment, text
+
 from .parsing import Node, parse
 
 # Text that tries hard: markup, quotes, entities, comments, controls, reordering characters, lone surrogates.
