@@ -71,15 +71,21 @@ class TextWindows:
             raise RequestError("a window was asked for that was not kept; harvest the corpus again")
         return np.asarray(found, dtype=np.int32)
 
-    def record(self, row: int, activations: NDArray[np.floating[Any]], preceding: int = 12) -> TokenWindow:
+    def record(
+        self,
+        row: int,
+        activations: NDArray[np.floating[Any]],
+        preceding: int = 12,
+        annotations: Sequence[str] = ("lexical_class",),
+    ) -> TokenWindow:
         """The window of `row` as a record, with one unit's activations `[length]`."""
         here = slice(self.context, self.context + self.length)
         ids = self.columns["token"][row]
         own = ids[here][ids[here] != ABSENT]
         before = ids[self.context - min(preceding, self.context) : self.context]
-        annotations = {
-            name: tuple(names[code] for code in self.columns[name][row, here][: len(own)])
-            for name, names in self.names.items()
+        said = {
+            name: tuple(self.names[name][code] for code in self.columns[name][row, here][: len(own)])
+            for name in annotations
         }
         return TokenWindow(
             document=self.documents[self.document[row]],
@@ -89,9 +95,9 @@ class TextWindows:
             context_position=int(self.context_position[row]),
             tokens=tuple(self.token_texts[token] for token in own),
             ids=tuple(int(token) for token in own),
-            activations=tuple(round(float(value), 5) for value in activations[: len(own)]),
+            activations=tuple(round(float(value), 4) for value in activations[: len(own)]),
             preceding=tuple(self.token_texts[token] for token in before if token != ABSENT),
-            annotations=annotations,
+            annotations=said,
         )
 
     def save(self, path: Path) -> None:

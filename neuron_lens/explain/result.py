@@ -175,6 +175,7 @@ class RunFacts(Record):
     window_length: NonNegativeInt
     row_length: NonNegativeInt
     seed: int
+    settings: str = ""  # a hash of all other settings
 
 
 class UnitResult(Record):

@@ -42,7 +42,7 @@ class Examples:
     @property
     def values(self) -> Floats:
         """The activations of the tokens that are there, flat."""
-        return self.activations[self.mask].astype(np.float64)
+        return np.asarray(self.activations[self.mask], dtype=np.float64)
 
     def codes(self, feature: CodedFeature) -> NDArray[np.int32]:
         """The feature's codes of the same tokens, flat."""
@@ -70,7 +70,7 @@ class FittedPredicate:
     validation_correlation: float
 
     def predict(self, rows: NDArray[np.int32]) -> Floats:
-        """The predicted activation `[row, length]`."""
+        """The predicted activation `[row, length]`; `[row, 1]` when it is the same everywhere."""
         first = self.tables[0].feature.codes[rows] if self.tables else None
         if first is None:
             return np.full((len(rows), 1), self.base)
@@ -155,7 +155,10 @@ def _correlation(a: Floats, b: Floats) -> float:
 
 def _means(codes: NDArray[np.int32], n_keys: int, residual: Floats) -> tuple[Floats, NDArray[np.int64]]:
     """Sum of the residual and number of tokens, by code."""
-    return np.bincount(codes, residual, minlength=n_keys), np.bincount(codes, minlength=n_keys)
+    sums = np.bincount(codes, residual, minlength=n_keys)
+    return np.asarray(sums, dtype=np.float64), np.asarray(
+        np.bincount(codes, minlength=n_keys), dtype=np.int64
+    )
 
 
 def _best_shrinkage(

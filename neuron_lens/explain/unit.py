@@ -1,0 +1,251 @@
+"""One unit explained: what was kept of it, dealt into train, validation and test; fitted, simulated, scored.
+
+The parts are masks over one list of window rows, made from the windows' own split, so that a window is in
+exactly one part. Numpy only; the causal figure comes from outside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from neuron_lens.explain.features import FeatureSet
+from neuron_lens.explain.result import Control, Explanation, Score, ScoredWindow, SplitCounts
+from neuron_lens.explain.scores import Predictions, best_threshold, score_all
+from neuron_lens.explain.sentence import describe
+from neuron_lens.explain.token_statistics import Examples, FittedPredicate, fit_predicate
+from neuron_lens.records import Histogram, QuantileStratum, TokenWindow, Unit, UnitStatistics
+from neuron_lens.windows import SPLITS, TextWindows
+
+__all__ = ["ExplainedUnit", "UnitWindows", "explain_windows"]
+
+FIRING_SHARE = 0.25  # a unit fires above this share of its largest activation on the training windows
+BINS = 48
+SHOWN_TOP, SHOWN_QUANTILE, SHOWN_RANDOM = 6, 5, 5
+STRATA, SHOWN_IN_STRATUM = 5, 2
+_EXPLAINER = "token_statistics"
+
+
+@dataclass(frozen=True, eq=False)
+class UnitWindows:
+    """Distinct windows of one unit: `rows` of the layer's windows, `activations` `[window, length]`, and which of
+    them belong to the uniform sample and which to the unit's own top list."""
+
+    windows: TextWindows
+    rows: NDArray[np.int32]
+    activations: NDArray[np.float32]
+    random: NDArray[np.bool_]
+    top: NDArray[np.bool_]
+    moments: NDArray[np.float64]  # mean, variance, third and fourth central moment, minimum, maximum
+    n_tokens: int
+
+    @classmethod
+    def of(
+        cls,
+        windows: TextWindows,
+        random_rows: NDArray[np.int32],
+        random: NDArray[np.float32],
+        top_rows: NDArray[np.int32],
+        top: NDArray[np.float32],
+        moments: NDArray[np.float64],
+        n_tokens: int,
+    ) -> UnitWindows:
+        """Join the uniform sample and the top list; a window in both appears once."""
+        rows, first = np.unique(np.concatenate([random_rows, top_rows]), return_index=True)
+        activations = np.concatenate([random, top])[first]
+        return cls(
+            windows, rows, activations, np.isin(rows, random_rows), np.isin(rows, top_rows), moments, n_tokens
+        )
+
+    @property
+    def split(self) -> NDArray[np.int32]:
+        """The part each window belongs to, an index of SPLITS."""
+        return self.windows.split[self.rows]
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """True where a window has a token, `[window, length]`."""
+        return self.windows.present[self.rows]
+
+    def part(self, name: str) -> UnitWindows:
+        """The windows of one part: "train", "validation" or "test"."""
+        return self.only(self.split == SPLITS.index(name))
+
+    def only(self, chosen: NDArray[np.bool_]) -> UnitWindows:
+        """Some of the windows."""
+        return UnitWindows(
+            self.windows,
+            self.rows[chosen],
+            self.activations[chosen],
+            self.random[chosen],
+            self.top[chosen],
+            self.moments,
+            self.n_tokens,
+        )
+
+    def examples(self) -> Examples:
+        """The tokens as the explainer takes them."""
+        return Examples(self.rows, self.mask, self.activations)
+
+    def largest(self) -> NDArray[np.float32]:
+        """The largest activation of every window."""
+        return np.asarray(np.where(self.mask, self.activations, -np.inf).max(1))
+
+    def records(self, order: NDArray[np.int64]) -> tuple[TokenWindow, ...]:
+        """Some windows as records."""
+        return tuple(self.windows.record(int(self.rows[i]), self.activations[i]) for i in order)
+
+
+@dataclass(frozen=True, eq=False)
+class ExplainedUnit:
+    """What is known of a unit before it is scored: its windows, the fit, and when it counts as firing."""
+
+    unit: Unit
+    held: UnitWindows
+    fitted: FittedPredicate
+    explanation: Explanation
+    firing_threshold: float
+
+    def predictions(self, by: ExplainedUnit | None = None) -> Predictions:
+        """This unit's test windows with the predictions of its own explanation, or of another unit's."""
+        test = self.held.part("test")
+        predicted = (by or self).fitted.predict(test.rows)
+        return Predictions(
+            true=test.activations.astype(np.float64),
+            predicted=np.array(np.broadcast_to(predicted, test.activations.shape)),
+            mask=test.mask,
+            given=np.ones(len(test.rows), dtype=bool),
+            random=test.random,
+        )
+
+    def scores(self, seed: int) -> dict[str, Score]:
+        """The explanation's scores on the test windows."""
+        return score_all(self.predictions(), self.firing_threshold, self.explanation.firing_threshold, seed)
+
+    def controls(self, other: ExplainedUnit, seed: int) -> tuple[Control, ...]:
+        """The same scores for another unit's explanation, and for this one's predictions dealt to other tokens."""
+        anothers = self.predictions(by=other)
+        own = self.predictions()
+        shuffled = own.predicted.copy()
+        shuffled[own.mask] = np.random.default_rng(seed).permutation(own.predicted[own.mask])
+        dealt = Predictions(own.true, shuffled, own.mask, own.given, own.random)
+        return (
+            Control(
+                name="another_unit",
+                description=f"the explanation of {other.unit}",
+                sentence=other.explanation.sentence,
+                scores=score_all(anothers, self.firing_threshold, other.explanation.firing_threshold, seed),
+            ),
+            Control(
+                name="shuffled",
+                description="this explanation's predictions, dealt to other tokens at random",
+                sentence=None,
+                scores=score_all(dealt, self.firing_threshold, self.explanation.firing_threshold, seed),
+            ),
+        )
+
+    def statistics(self) -> UnitStatistics:
+        """Moments over all tokens; histogram and density over the uniform sample."""
+        mean, variance, third, fourth, low, high = (float(value) for value in self.held.moments)
+        sample = self.held.only(self.held.random)
+        values = sample.activations[sample.mask].astype(np.float64)
+        # A constant unit still gets a histogram: one that is one bin wide.
+        span = (low, high) if high > low else (low - 0.5, low + 0.5)
+        counts, edges = np.histogram(np.clip(values, *span), bins=BINS, range=span)
+        varies = variance > 1e-12
+        return UnitStatistics(
+            n_tokens=self.held.n_tokens,
+            mean=_rounded(mean),
+            variance=_rounded(variance),
+            skewness=_rounded(third / variance**1.5) if varies else None,
+            kurtosis=_rounded(fourth / variance**2) if varies else None,
+            minimum=_rounded(low),
+            maximum=_rounded(high),
+            firing_threshold=self.firing_threshold,
+            density=float((values > self.firing_threshold).mean()) if len(values) else 0.0,
+            histogram=Histogram(
+                edges=tuple(_rounded(e) for e in edges), counts=tuple(int(c) for c in counts)
+            ),
+        )
+
+    def splits(self) -> SplitCounts:
+        """How many windows each part holds."""
+        sizes = np.bincount(self.held.split, minlength=len(SPLITS))
+        return SplitCounts(**{name: int(size) for name, size in zip(SPLITS, sizes, strict=True)})
+
+    def train_top(self) -> tuple[TokenWindow, ...]:
+        """The training windows with the largest activations, largest first."""
+        top = self.held.part("train")
+        return top.records(np.argsort(-top.largest(), kind="stable")[:SHOWN_TOP])
+
+    def strata(self) -> tuple[QuantileStratum, ...]:
+        """Training windows of the uniform sample by the size of their largest activation, in equal counts."""
+        train = self.held.part("train")
+        train = train.only(train.random)
+        largest = train.largest()
+        order = np.argsort(largest, kind="stable")
+        bounds = np.linspace(0, len(order), STRATA + 1).astype(int)
+        strata = []
+        for index, (begin, end) in enumerate(pairwise(bounds)):
+            if begin == end:
+                continue
+            high = largest[order[min(end, len(order) - 1)]]
+            spread = np.linspace(begin, end - 1, min(SHOWN_IN_STRATUM, end - begin)).astype(int)
+            strata.append(
+                QuantileStratum(
+                    index=index,
+                    low=_rounded(float(largest[order[begin]])),
+                    high=_rounded(float(high)),
+                    windows=train.records(order[spread]),
+                )
+            )
+        return tuple(strata)
+
+    def shown_tests(self) -> tuple[ScoredWindow, ...]:
+        """Some test windows with what was predicted: the top, across the quantiles, and at random."""
+        test = self.held.part("test")
+        predicted = self.predictions().predicted
+        largest = test.largest()
+        falling = np.argsort(-largest, kind="stable")
+        chosen: dict[int, str] = {int(i): "top" for i in falling[:SHOWN_TOP]}
+        rest = [int(i) for i in falling[::-1] if int(i) not in chosen and test.random[i]]
+        for place in np.linspace(0, len(rest) - 1, min(SHOWN_QUANTILE, len(rest))).astype(int):
+            chosen.setdefault(rest[place], "quantile")
+        for i in sorted(rest)[: SHOWN_RANDOM + SHOWN_QUANTILE]:
+            if sum(stratum == "random" for stratum in chosen.values()) < SHOWN_RANDOM:
+                chosen.setdefault(i, "random")
+        windows = []
+        for i, stratum in chosen.items():
+            (window,) = test.records(np.array([i]))
+            simulated = tuple(round(float(value), 4) for value in predicted[i][: len(window.tokens)])
+            windows.append(ScoredWindow(window=window, simulated=simulated, stratum=stratum))
+        return tuple(windows)
+
+
+def explain_windows(
+    unit: Unit, held: UnitWindows, features: FeatureSet, logits: NDArray[np.floating[Any]] | None
+) -> ExplainedUnit:
+    """Fit the token-statistics explainer on train and validation. `logits` `[d_vocab]`: the unit's output, if known."""
+    train, validation = held.part("train"), held.part("validation")
+    fitted = fit_predicate(features.of_unit(logits), train.examples(), validation.examples())
+    largest = float(train.examples().values.max(initial=0.0))
+    firing_threshold = max(_rounded(FIRING_SHARE * largest), 0.0)
+    predicted = np.broadcast_to(fitted.predict(validation.rows), validation.mask.shape)[validation.mask]
+    true = validation.examples().values
+    predicate = fitted.written()
+    explanation = Explanation(
+        explainer=_EXPLAINER,
+        sentence=describe(predicate, largest, fitted.validation_correlation),
+        predicate=predicate,
+        firing_threshold=best_threshold(true, predicted, firing_threshold) if len(true) else None,
+    )
+    return ExplainedUnit(unit, held, fitted, explanation, firing_threshold)
+
+
+def _rounded(value: float) -> float:
+    """Six significant digits: what is written is what is meant."""
+    return float(f"{value:.6g}")
