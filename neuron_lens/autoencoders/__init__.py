@@ -6,19 +6,27 @@ Works on any tensor and knows no transformer.
 from __future__ import annotations
 
 from neuron_lens.autoencoders.autoencoder import Autoencoder
+from neuron_lens.autoencoders.clt import CrossLayerTranscoder
 from neuron_lens.autoencoders.config import (
     AutoencoderConfig,
     CrossLayerTranscoderConfig,
     Provenance,
     Site,
 )
+from neuron_lens.autoencoders.load import (
+    load_autoencoder,
+    load_autoencoders,
+    load_cross_layer_transcoder,
+)
 from neuron_lens.autoencoders.normalisation import DecodeState
+from neuron_lens.autoencoders.save import save_saelens
 from neuron_lens.autoencoders.self_check import SelfCheck, check_autoencoder, explained_variance
 from neuron_lens.autoencoders.sparse import SparseLatents
 
 __all__ = [
     "Autoencoder",
     "AutoencoderConfig",
+    "CrossLayerTranscoder",
     "CrossLayerTranscoderConfig",
     "DecodeState",
     "Provenance",
@@ -27,4 +35,8 @@ __all__ = [
     "SparseLatents",
     "check_autoencoder",
     "explained_variance",
+    "load_autoencoder",
+    "load_autoencoders",
+    "load_cross_layer_transcoder",
+    "save_saelens",
 ]

@@ -277,7 +277,8 @@ class Autoencoder(nn.Module):
             raise RequestError(
                 f"latent {int(beyond[0])} was asked for; this autoencoder has latents 0 to {width - 1}"
             )
-        return index.long().remainder(width)
+        positive: Tensor = index.long().remainder(width)
+        return positive
 
 
 def decoder_norms(W_dec: Tensor) -> Tensor:

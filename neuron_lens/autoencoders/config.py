@@ -43,9 +43,7 @@ class _Frozen(BaseModel):
             super().__init__(**fields)
         except ValidationError as error:
             problems = [
-                f"{'.'.join(map(str, each['loc']))}: {each['msg']}".removeprefix(": ").replace(
-                    "Value error, ", ""
-                )
+                ": ".join([*map(str, each["loc"]), each["msg"].removeprefix("Value error, ")])
                 for each in error.errors()
             ]
             raise ConfigError(f"{type(self).__name__}: {'; '.join(problems)}") from error
@@ -74,7 +72,7 @@ class AutoencoderConfig(_Frozen):
 
     d_in: int = Field(gt=0)  # width that is read
     d_latent: int = Field(gt=0)
-    d_out: int = Field(gt=0)  # width that is written; d_in when not given
+    d_out: int = Field(default=0, gt=0)  # width that is written; d_in when not given
     activation: Activation
     k: int | None = Field(default=None, gt=0)  # latents kept (topk, abs_topk, batch_topk), groups (groupmax)
     # topk, jumprelu: whether what was selected is still clipped at zero

@@ -1,7 +1,7 @@
 """Rewriting an autoencoder's parts into its weights without changing what it computes.
 
-Formats differ in what they can say; a part that one cannot say is folded away. Each function takes and returns
-a config and weights under canonical names (`Autoencoder.state_dict`), and changes nothing it was given.
+Formats differ in what they can say; a part that one cannot say is folded away. Each function takes and
+returns weights under canonical names (`Autoencoder.state_dict`), and changes nothing it was given.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Group-max: the latents are cut into k groups of neighbours; each keeps its largest (EleutherAI sparsify)."""
+"""Group-max: the latents are cut into k runs of neighbours, each keeps its largest (sparsify)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""dictionary_learning (Marks, Karvonen, Mueller): `ae.pt` + `config.json`, told apart by `trainer.dict_class`.
+"""dictionary_learning (Marks, Karvonen et al.): `ae.pt` + `config.json`, told apart by `trainer.dict_class`.
 
 A finished `ae.pt` is a state dict whose biases and threshold already carry the norm factor of training. One
 saved during training is {step, ae, optimizer, config, norm_factor} and does not: it is folded here, by

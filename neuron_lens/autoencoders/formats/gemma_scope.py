@@ -2,8 +2,8 @@
 
     h = x @ W_enc + b_enc;  latents = h * (h > threshold);  output = latents @ W_dec + b_dec [+ x @ A]
 
-without any input bias. Version 1 tells its site in the folders' names only. The skip matrix A is [d_in, d_out]
-and used as it is (a loader elsewhere transposes it). Cross-layer transcoders are in `cross_layer`.
+without any input bias. Version 1 tells its site in the folders' names only. The skip matrix A is
+[d_in, d_out] and used as it is (a loader elsewhere transposes it). Cross-layer ones are in `cross_layer`.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def sites_in_path(path: Path, version: int) -> tuple[Site | None, Site | None, l
     for part in reversed(path.absolute().parts):
         words = part.replace("-", "_").split("_")
         for word, path_in, path_out in _WORDS[version]:
-            if word in words or ("_" in word and word in part):
+            if word in words or f"{word}s" in words or ("_" in word and word in part):
                 if path_in == "emb.tok":
                     note = "an embedding autoencoder reads token embeddings before Gemma's factor √d_model"
                     return Site(path=path_in), Site(path=path_out), [note]

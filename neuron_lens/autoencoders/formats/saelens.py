@@ -1,8 +1,8 @@
 """SAELens folders: `cfg.json` + `sae_weights.safetensors`, of version 6 and of the flat configs before it.
 
-Architectures: standard, gated, topk, abstopk, jumprelu, and the transcoders (relu or jumprelu, with or without
-a skip term). W_skip is stored [d_out, d_in] and used as x @ W_skip.T. Batch top-k and matryoshka are saved by
-SAELens as jumprelu with one threshold.
+Architectures: standard, gated, topk, abstopk, jumprelu, and the transcoders (relu or jumprelu, with or
+without a skip term). W_skip is stored [d_out, d_in] and used as x @ W_skip.T. Batch top-k and matryoshka
+are saved by SAELens as jumprelu with one threshold.
 """
 
 from __future__ import annotations
@@ -104,9 +104,7 @@ def _modernised(source: dict[str, Any], where: str) -> dict[str, Any]:
     if activation == "topk" and kept is not None:
         cfg.update(architecture="topk", k=kept)
     elif activation != "relu":
-        raise CheckpointError(
-            f"{where} has activation_fn {activation!r}; expected 'relu', or 'topk' with a k"
-        )
+        raise CheckpointError(f"{where} has activation_fn {activation!r}; expected 'relu' or 'topk' with k")
     if isinstance(cfg.get("normalize_activations"), bool):
         cfg["normalize_activations"] = "expected_average_only_in" if cfg["normalize_activations"] else "none"
     hook_name = str(cfg.get("hook_name") or "")
@@ -184,6 +182,7 @@ def _scaling_factor(checkpoint: Checkpoint, options: LoadOptions, where: str) ->
         if factor is not None:
             return number(factor, "scaling_factor", str(beside))
     raise CheckpointError(
-        f"{where} says that activations were scaled to a common norm (expected_average_only_in), but {beside} "
-        "does not tell the factor; give scaling_factor=√d_in / mean norm, or 1.0 if it is already folded in"
+        f"{where} says that activations were scaled to a common norm (expected_average_only_in), but "
+        f"{beside} does not tell the factor; give scaling_factor=√d_in / mean norm, or 1.0 where it is "
+        "already folded in"
     )
