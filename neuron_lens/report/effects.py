@@ -6,7 +6,7 @@ from neuron_lens.explain.result import AblationEffect, CausalEffect, Predicate, 
 from neuron_lens.report.charts import Estimate, interval_svg
 from neuron_lens.report.html import Html, element, fragment
 from neuron_lens.report.tables import TOKENS_SHOWN, bar_rows, fact_list, table, token_table
-from neuron_lens.report.words import number, percent
+from neuron_lens.report.words import decimals, number, percent
 
 __all__ = ["effect_section", "next_tokens_section", "rules_section"]
 
@@ -54,7 +54,10 @@ def effect_section(causal: CausalEffect | None) -> Html:
 def _ablation(title: str, effect: AblationEffect) -> Html:
     facts = [
         ("positions", f"{effect.n_positions:,}"),
-        ("loss, intact → replaced", f"{number(effect.loss_intact)} → {number(effect.loss_ablated)}"),
+        (
+            "loss, intact → replaced",
+            f"{decimals(effect.loss_intact, 4)} → {decimals(effect.loss_ablated, 4)}",
+        ),
         ("KL divergence", f"{number(effect.divergence)} nats"),
     ]
     return element(

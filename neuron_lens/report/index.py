@@ -55,7 +55,7 @@ def index_body(run: RunResult) -> Html:
             _overview(run.units),
             element("h2", "Units"),
             _controls(run.units),
-            _table(run.units, order),
+            element("div", _table(run.units, order), class_="scroll"),
             _pager(),
         ),
     )

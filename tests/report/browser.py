@@ -11,10 +11,18 @@ from pathlib import Path
 from .parsing import Node, page
 
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--no-first-run", "--enable-logging=stderr", "--v=0", "--window-size=1200,1600",
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--enable-logging=stderr",
+    "--v=0",
+    "--window-size=1200,1600",
     "--virtual-time-budget=4000",
-)  # fmt: skip
+)
 
 
 def find_browser() -> str | None:
