@@ -134,10 +134,10 @@ class Pipeline:
             causal=layer.causal(explained, seed),
         )
 
-    def default_units(self, count: int = 8) -> tuple[Unit, ...]:
-        """Units to show when none are named: spread evenly over the middle layer's neurons."""
+    def default_units(self, layer: int | None = None, count: int = 8) -> tuple[Unit, ...]:
+        """Units to show when none are named: spread evenly over a layer's neurons (default: the middle layer)."""
         config = self.model.config
-        layer = config.n_layers // 2
+        layer = config.n_layers // 2 if layer is None else layer
         places = np.linspace(0, config.d_mlp - 1, min(count, config.d_mlp)).astype(int)
         return tuple(Unit(layer=layer, index=int(index)) for index in places)
 

@@ -130,7 +130,8 @@ def fit_predicate(
             key=lambda item: item[2],
         )[:2]
         after = float(np.mean((residual_validation - table.effects[part.validation]) ** 2))
-        if before - after < _MIN_GAIN * total:
+        # The first table is always written down: a poor explanation has a score too, and it says so.
+        if tables and before - after < _MIN_GAIN * total:
             break
         residual = residual - table.effects[part.train]
         residual_validation = residual_validation - table.effects[part.validation]

@@ -140,14 +140,14 @@ class Corpus:
         return cls(name, lambda: iter(held))
 
     @classmethod
-    def of_paths(cls, paths: Sequence[str | Path]) -> Corpus:
+    def of_paths(cls, paths: Sequence[str | Path], name: str | None = None) -> Corpus:
         """Files, folders (searched for text files) and globs. `.jsonl` and `.jsonl.gz` hold a document a line.
 
         A line is an object with "text" and, if it likes, "path". Raises RequestError for a path that matches
         nothing, a named file that is not UTF-8, a bad line, or no text at all.
         """
         files = [file for path in paths for file in _files(str(path))]
-        name = ", ".join(str(path) for path in paths)
+        name = name or ", ".join(str(path) for path in paths)
         return cls(name, lambda: (document for file in files for document in _documents(file)))
 
     def rows(self, tokenizer: TextTokenizer, shape: WindowShape, seed: int = 0) -> Iterator[Row]:

@@ -1,0 +1,231 @@
+"""`neuron-lens explain`: the main job, from a model's name to explanations, scores and pages."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neuron_lens.errors import RequestError
+
+if TYPE_CHECKING:
+    from neuron_lens.explain.pipeline import Pipeline
+    from neuron_lens.explain.result import RunResult, Score
+    from neuron_lens.harvest.corpus import Corpus
+    from neuron_lens.records import Unit
+
+__all__ = ["add", "run", "summary_table"]
+
+DEFAULT_MODEL = "pico"
+_SAMPLE = "pico/sample"  # in model_defs: text no shipped model was trained on
+
+_EXAMPLES = """\
+examples:
+  neuron-lens explain                                  eight neurons of the shipped model's middle layer
+  neuron-lens explain pico --layer 2 --neuron 17       one neuron
+  neuron-lens explain pico --layer 2 --neurons 0:16    a range (the end is left out), or a list: 3,5,8
+  neuron-lens explain pico --all                       every neuron; can be stopped and started again
+  neuron-lens explain pico --corpus src/ 'notes/*.md'  on other text
+"""
+
+
+def add(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "explain",
+        help="explain neurons of a model: sentences, scores, causal effects, pages",
+        description="Explain neurons of a model. Runs offline, on any text, without a key.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "model", nargs="?", default=DEFAULT_MODEL, help="a shipped or hub name, or a checkpoint folder"
+    )
+    parser.add_argument("--layer", type=int, metavar="L", help="layer, from 0 (default: the middle one)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--neuron", type=int, metavar="N", help="one neuron")
+    which.add_argument("--neurons", metavar="A:B", help="a range A:B or a list A,B,C of neurons")
+    which.add_argument("--all", action="store_true", help="every neuron of --layer, or of the model")
+    parser.add_argument(
+        "--corpus", nargs="+", metavar="PATH", help="files, folders or globs (default: the shipped sample)"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: explanations/<model>)")
+    parser.add_argument("--seed", type=int, default=0, help="of samples, splits and resamples (default: 0)")
+    parser.add_argument("--no-pages", action="store_true", help="write no HTML")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Explain what was asked for, print the table and where the pages are."""
+    numbers = _neuron_numbers(arguments)
+    out = arguments.out or Path("explanations") / Path(arguments.model).name
+    _require_writable(out)
+    corpus = _corpus(arguments.corpus)
+    pipeline = _pipeline(arguments, corpus, out)
+    units = _units(pipeline, arguments.layer, numbers, everything=arguments.all)
+    result = pipeline.run(units)
+    wanted = {unit.name for unit in units}
+    print(summary_table(result, wanted, width=shutil.get_terminal_size((110, 24)).columns))
+    _print_paths(result, wanted, out, pages=not arguments.no_pages)
+    return 0
+
+
+def _pipeline(arguments: argparse.Namespace, corpus: Corpus, out: Path) -> Pipeline:
+    from neuron_lens.explain.pipeline import Pipeline
+    from neuron_lens.harvest.corpus import WindowShape
+    from neuron_lens.harvest.run import HarvestSettings
+    from neuron_lens.transformer import Transformer
+
+    model = Transformer.load(arguments.model)
+    return Pipeline(
+        model=model.eval(),
+        corpus=corpus,
+        folder=out,
+        name=Path(arguments.model).name,
+        settings=HarvestSettings(shape=WindowShape.fitting(model.config.n_ctx), seed=arguments.seed),
+        pages=not arguments.no_pages,
+        progress=not arguments.quiet,
+    )
+
+
+def _corpus(paths: Sequence[str] | None) -> Corpus:
+    from neuron_lens.files.model_defs import model_defs_dir
+    from neuron_lens.harvest.corpus import Corpus
+
+    if paths is not None:
+        return Corpus.of_paths(paths)
+    return Corpus.of_paths([model_defs_dir() / _SAMPLE], name="the shipped sample")
+
+
+def _require_writable(out: Path) -> None:
+    """Fail before the work, not after it. Folders made on the way are taken away again."""
+    from neuron_lens.files.atomic import atomic_path
+
+    new = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        with atomic_path(out / ".writable"):
+            pass
+        (out / ".writable").unlink()
+    finally:
+        for folder in new:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _neuron_numbers(arguments: argparse.Namespace) -> list[int] | None:
+    """The neurons named, or None when none are."""
+    if arguments.neuron is not None:
+        numbers = [arguments.neuron]
+    elif arguments.neurons is not None:
+        numbers = _parsed(arguments.neurons)
+    else:
+        numbers = None
+    for name, value in (
+        ("--layer", arguments.layer),
+        ("a neuron", min(numbers, default=0) if numbers else 0),
+    ):
+        if value is not None and value < 0:
+            raise RequestError(f"{name} is counted from 0; got {value}")
+    return numbers
+
+
+def _parsed(text: str) -> list[int]:
+    """ "0:16" or "3,5,8" to numbers."""
+    try:
+        if ":" in text:
+            first, last = text.split(":")
+            numbers = list(range(int(first or 0), int(last)))
+        else:
+            numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RequestError(
+            f"--neurons {text!r}: expected a range such as 0:16 or a list such as 3,5,8"
+        ) from None
+    if not numbers:
+        raise RequestError(
+            f"--neurons {text!r} names no neuron: the end of a range is left out, as in Python"
+        )
+    return list(dict.fromkeys(numbers))
+
+
+def _units(pipeline: Pipeline, layer: int | None, numbers: list[int] | None, everything: bool) -> list[Unit]:
+    from neuron_lens.records import Unit
+
+    config = pipeline.model.config
+    if everything:
+        layers = range(config.n_layers) if layer is None else [layer]
+        return [Unit(layer=each, index=index) for each in layers for index in range(config.d_mlp)]
+    if numbers is None:
+        return list(pipeline.default_units(layer))
+    chosen = config.n_layers // 2 if layer is None else layer
+    return [Unit(layer=chosen, index=index) for index in numbers]
+
+
+def summary_table(result: RunResult, wanted: set[str], width: int = 110, limit: int = 40) -> str:
+    """A table of the units with their scores beside the controls, each with its explanation below.
+
+    `wanted` are the names of the units shown; above `limit` of them only the distribution is printed.
+    """
+    rows = [row for row in result.units if row.unit.name in wanted]
+    lines = [
+        f"{result.model.name} on {result.run.corpus}: {result.run.n_documents} documents, {result.run.n_tokens:,} tokens"
+    ]
+    if len(rows) <= limit:
+        lines.append("")
+        lines.append(
+            f"{'unit':<16}{'correlation (95 %)':<24}{'another':>8}{'shuffled':>9}{'AUC':>6}{'fires':>8}  loss when ablated"
+        )
+        for row in rows:
+            lines.append(
+                f"{f'L{row.unit.layer} {row.unit.kind} {row.unit.index}':<16}{_interval(row.scores['correlation']):<24}"
+                f"{_value(row.controls['another_unit']['correlation']):>8}{_value(row.controls['shuffled']['correlation']):>9}"
+                f"{_value(row.scores['detection_auc']):>6}{row.density:>8.2%}  "
+                f"{'-' if row.loss_change is None else _interval(row.loss_change, '+.3f')}"
+            )
+            lines.extend(
+                textwrap.wrap(
+                    row.sentence, max(width - 4, 40), initial_indent="    ", subsequent_indent="    "
+                )
+            )
+    else:
+        lines.append(_distribution([row.scores["correlation"] for row in rows]))
+    return "\n".join(lines)
+
+
+def _distribution(scores: list[Score]) -> str:
+    """How many units reach what, by the lower end of the interval."""
+    known = [score for score in scores if score.low is not None]
+    reached = ", ".join(
+        f"{sum(score.low is not None and score.low > level for score in known)} above {level}"
+        for level in (0.25, 0.5, 0.75)
+    )
+    return (
+        f"{len(scores)} units, {len(known)} with a score; lower end of the correlation's interval: {reached}"
+    )
+
+
+def _interval(score: Score, form: str = ".2f") -> str:
+    if score.value is None or score.low is None or score.high is None:
+        return "-"
+    return f"{score.value:{form}} [{score.low:{form}}, {score.high:{form}}]"
+
+
+def _value(score: Score) -> str:
+    return "-" if score.value is None else f"{score.value:.2f}"
+
+
+def _print_paths(result: RunResult, wanted: set[str], out: Path, *, pages: bool) -> None:
+    first = next(row for row in result.units if row.unit.name in wanted)
+    file = "index.html" if pages else "result.json"
+    print(f"\nresults: {out / 'run.json'}")
+    print(
+        f"{'page' if pages else 'unit'}: {out / first.path / file}"
+        + (f" (and {len(wanted) - 1} more)" if len(wanted) > 1 else "")
+    )
+    if pages:
+        print(f"index: {out / 'index.html'}")
+    sys.stdout.flush()
