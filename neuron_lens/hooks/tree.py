@@ -175,11 +175,10 @@ class HookCollection:
         store = Recording(self, dtype=dtype, device=device, detach=detach)
         sites = {site.path.removeprefix(self._path).lstrip("."): site for site in self.sites()}
         for path in chosen:
-            targets = self.matching(f"{path}.fwd2" if path in sites or _any_site(path, sites) else path)
-            for _, chain in targets:
-                name = chain._site.path
-                hook: Hook = Recorder(store, name)
-                store.attach(chain, hook, layers, positions)
+            whole_site = _any_site(path, sites)
+            for _, chain in self.matching(f"{path}.fwd2" if whole_site else path):
+                name = chain._site.path.removesuffix(".fwd2" if whole_site else "")
+                store.attach(chain, Recorder(store, name), layers, positions)
         return store
 
     def __or__(self, other: HookCollection) -> Self:
