@@ -41,4 +41,4 @@ def alibi_slopes(n_heads: int) -> Tensor:
     power = 2 ** math.floor(math.log2(n_heads))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     extra = [2 ** (-4 * (2 * i + 1) / power) for i in range(n_heads - power)]
-    return torch.tensor(slopes + extra)
+    return torch.tensor(slopes + extra, device="cpu")  # also where a model is laid out on the meta device
