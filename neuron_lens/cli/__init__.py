@@ -1,4 +1,4 @@
-"""The command line: `neuron-lens <command>`. One file per command; what a command needs is imported when it runs."""
+"""The command line: `neuron-lens <command>`. One file per command, whose imports wait until it runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add(subparsers)
     arguments = parser.parse_args(argv)
     try:
-        return _COMMANDS[arguments.command].run(arguments)
+        code: int = _COMMANDS[arguments.command].run(arguments)
+        return code
     except NeuronLensError as error:
         print(f"neuron-lens: error: {' '.join(str(error).split())}", file=sys.stderr)
         return _USER_ERROR

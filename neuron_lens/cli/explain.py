@@ -23,6 +23,8 @@ __all__ = ["add", "run", "summary_table"]
 DEFAULT_MODEL = "pico"
 _SAMPLE = "pico/sample"  # in model_defs: text no shipped model was trained on
 
+_COLUMNS = "{:<18}{:<22}{:>8}{:>9}{:>6}{:>8}  {}"
+
 _EXAMPLES = """\
 examples:
   neuron-lens explain                                  eight neurons of the shipped model's middle layer
@@ -171,28 +173,32 @@ def summary_table(result: RunResult, wanted: set[str], width: int = 110, limit: 
     `wanted` are the names of the units shown; above `limit` of them only the distribution is printed.
     """
     rows = [row for row in result.units if row.unit.name in wanted]
+    facts = result.run
     lines = [
-        f"{result.model.name} on {result.run.corpus}: {result.run.n_documents} documents, {result.run.n_tokens:,} tokens"
+        f"{result.model.name} on {facts.corpus}: {facts.n_documents} documents, {facts.n_tokens:,} tokens"
     ]
-    if len(rows) <= limit:
-        lines.append("")
-        lines.append(
-            f"{'unit':<16}{'correlation (95 %)':<24}{'another':>8}{'shuffled':>9}{'AUC':>6}{'fires':>8}  loss when ablated"
+    if len(rows) > limit:
+        return "\n".join([*lines, _distribution([row.scores["correlation"] for row in rows])])
+    lines.append("")
+    lines.append(
+        _COLUMNS.format(
+            "unit", "correlation (95 %)", "another", "shuffled", "AUC", "fires", "loss if ablated"
         )
-        for row in rows:
-            lines.append(
-                f"{f'L{row.unit.layer} {row.unit.kind} {row.unit.index}':<16}{_interval(row.scores['correlation']):<24}"
-                f"{_value(row.controls['another_unit']['correlation']):>8}{_value(row.controls['shuffled']['correlation']):>9}"
-                f"{_value(row.scores['detection_auc']):>6}{row.density:>8.2%}  "
-                f"{'-' if row.loss_change is None else _interval(row.loss_change, '+.3f')}"
+    )
+    for row in rows:
+        another, shuffled = (row.controls[name]["correlation"] for name in ("another_unit", "shuffled"))
+        lines.append(
+            _COLUMNS.format(
+                f"L{row.unit.layer} {row.unit.kind} {row.unit.index}",
+                _interval(row.scores["correlation"]),
+                _value(another),
+                _value(shuffled),
+                _value(row.scores["detection_auc"]),
+                f"{row.density:.2%}",
+                "-" if row.loss_change is None else _interval(row.loss_change, "+.3f"),
             )
-            lines.extend(
-                textwrap.wrap(
-                    row.sentence, max(width - 4, 40), initial_indent="    ", subsequent_indent="    "
-                )
-            )
-    else:
-        lines.append(_distribution([row.scores["correlation"] for row in rows]))
+        )
+        lines.extend(textwrap.wrap("    " + row.sentence, max(width, 44), subsequent_indent="    "))
     return "\n".join(lines)
 
 

@@ -1,8 +1,11 @@
 """What an explanation may speak of: readable features of the text at a token, each with a key per token.
 
-A feature maps every token of every window to an integer key (two tokens with the same key look the same to it) and a
-key to words. Numpy only. A `Vocabulary` view gives a column at some distance from the token: lag 1 is the token before,
-lag -1 the token that follows (a unit that predicts the next token is well described by it).
+A feature maps every token of every window to an integer key (two tokens with the same key look the same
+to it) and a key to words. A `View` gives a column at some distance from the token: lag 1 is the token
+before, lag -1 the token that follows (a unit that predicts the next token is well described by it). Numpy
+only.
+
+Features are listed from simple to complex: of two that predict equally well, the explainer takes the first.
 """
 
 from __future__ import annotations
@@ -64,10 +67,31 @@ def token_shape(text: str) -> int:
 
 
 def quoted(text: str) -> str:
-    """A token's text in quotes with line breaks and tabs visible."""
-    return (
-        "'" + text.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r") + "'"
-    )
+    """A token's text in quotes, with line breaks and tabs visible and long runs of spaces counted."""
+    shown = text.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+    return "'" + re.sub(r" {4,}", lambda run: f"[{len(run[0])} spaces]", shown) + "'"
+
+
+# How codes of these columns read after a token or a class: "'x' inside a call".
+_STATEMENT_WORDS = {
+    "unknown": "in text that is not Python",
+    "expression": "in an expression or assignment",
+    "decorator": "in a decorator",
+    "string": "in a docstring",
+    "comment": "in a comment",
+    "blank": "on a blank line",
+    "import": "in an import",
+    "if": "in an if line",
+}
+_BRACKET_WORDS = {
+    "none": "outside brackets",
+    "call": "inside a call",
+    "parameters": "inside a parameter list",
+    "parenthesis": "inside parentheses",
+    "square bracket": "inside square brackets",
+    "curly bracket": "inside braces",
+    "unknown": "in text that is not Python",
+}
 
 
 class View:
@@ -118,7 +142,10 @@ class View:
         if column in ("token", "continuation"):
             return quoted(self.windows.token_texts[entry - 1])
         if column in self.windows.names:
-            return self.windows.names[column][entry - 1]
+            name = self.windows.names[column][entry - 1]
+            if column == "statement":
+                return _STATEMENT_WORDS.get(name, f"in a {name} line")
+            return _BRACKET_WORDS[name] if column == "bracket" else name
         return str(entry - 1)
 
 
@@ -209,7 +236,7 @@ def _line_keys(view: View) -> Keys:
 
 def _line_label(view: View, key: int) -> str:
     bucket, indent = view.split(key, 16, view.size["indent"])
-    return f"{_bucket_word(bucket)} tokens after the line's start, {max(indent - 1, 0)} steps indented"
+    return f"{_bucket_word(bucket)} tokens into a line at indentation {max(indent - 1, 0)}"
 
 
 def _context_keys(view: View) -> Keys:
@@ -218,31 +245,103 @@ def _context_keys(view: View) -> Keys:
 
 
 FEATURES: tuple[Feature, ...] = (
+    _columns_feature("lexical_class", "the lexical class", ("lexical_class", 0)),
+    Feature("token_shape", "the token's shape", _shape_keys, _shape_label),
     _columns_feature("token", "the token", ("token", 0)),
     _columns_feature("previous_token", "the token before", ("token", 1)),
+    _columns_feature("next_token", "the token that follows", ("token", -1)),
+    Feature("word", "the word so far", _word_keys, _word_label),
     _columns_feature("second_previous_token", "the token two before", ("token", 2)),
     _columns_feature("third_previous_token", "the token three before", ("token", 3)),
-    _columns_feature("next_token", "the token that follows", ("token", -1)),
+    Feature(
+        "context_position",
+        "the number of tokens read",
+        _context_keys,
+        lambda view, key: _bucket_word(key),
+    ),
+    Feature("place_in_line", "the place in the line", _line_keys, _line_label),
+    _columns_feature(
+        "statement",
+        "the lexical class and kind of statement",
+        ("lexical_class", 0),
+        ("statement", 0),
+        joiner=" ",
+    ),
+    _columns_feature(
+        "bracket",
+        "the lexical class and enclosing bracket",
+        ("lexical_class", 0),
+        ("bracket", 0),
+        joiner=" ",
+    ),
+    _columns_feature(
+        "repeated",
+        "the lexical class and whether the token was seen before",
+        ("lexical_class", 0),
+        ("repeated", 0),
+        joiner=", times seen before: ",
+    ),
+    _columns_feature(
+        "next_lexical_class",
+        "the lexical class here and next",
+        ("lexical_class", 0),
+        ("lexical_class", -1),
+        joiner=" before ",
+    ),
+    _columns_feature(
+        "previous_lexical_class",
+        "the lexical class before and here",
+        ("lexical_class", 1),
+        ("lexical_class", 0),
+        joiner=" then ",
+    ),
+    _columns_feature(
+        "lexical_triple",
+        "the last three lexical classes",
+        ("lexical_class", 2),
+        ("lexical_class", 1),
+        ("lexical_class", 0),
+        joiner=" then ",
+    ),
+    _columns_feature("continuation", "what followed the token the last time", ("continuation", 0)),
+    _columns_feature(
+        "token_in_class",
+        "the token and its lexical class",
+        ("token", 0),
+        ("lexical_class", 0),
+        joiner=" as ",
+    ),
+    _columns_feature(
+        "token_in_statement",
+        "the token and kind of statement",
+        ("token", 0),
+        ("statement", 0),
+        joiner=" ",
+    ),
+    _columns_feature(
+        "token_in_bracket",
+        "the token and enclosing bracket",
+        ("token", 0),
+        ("bracket", 0),
+        joiner=" ",
+    ),
+    _columns_feature(
+        "previous_class_token",
+        "the lexical class before and the token",
+        ("lexical_class", 1),
+        ("token", 0),
+        joiner=" then ",
+    ),
+    _columns_feature(
+        "previous_token_class",
+        "the token before and the lexical class",
+        ("token", 1),
+        ("lexical_class", 0),
+        joiner=" then ",
+    ),
     _ngram("token_pair", "the last two tokens", 2),
     _ngram("token_triple", "the last three tokens", 3),
-    Feature("word", "the word so far", _word_keys, _word_label),
-    Feature("token_shape", "the token's shape", _shape_keys, _shape_label),
-    _columns_feature("lexical_class", "the lexical class", ("lexical_class", 0)),
-    _columns_feature("next_lexical_class", "the lexical class here and next", ("lexical_class", 0), ("lexical_class", -1), joiner=" before "),
-    _columns_feature("previous_lexical_class", "the lexical class before and here", ("lexical_class", 1), ("lexical_class", 0), joiner=" then "),
-    _columns_feature("lexical_triple", "the last three lexical classes", ("lexical_class", 2), ("lexical_class", 1), ("lexical_class", 0), joiner=" then "),
-    _columns_feature("statement", "the lexical class and kind of statement", ("lexical_class", 0), ("statement", 0), joiner=" in a statement of kind "),
-    _columns_feature("bracket", "the lexical class and enclosing bracket", ("lexical_class", 0), ("bracket", 0), joiner=" inside "),
-    _columns_feature("token_in_statement", "the token and kind of statement", ("token", 0), ("statement", 0), joiner=" in a statement of kind "),
-    _columns_feature("token_in_class", "the token and its lexical class", ("token", 0), ("lexical_class", 0), joiner=" as "),
-    _columns_feature("token_in_bracket", "the token and enclosing bracket", ("token", 0), ("bracket", 0), joiner=" inside "),
-    _columns_feature("previous_class_token", "the lexical class before and the token", ("lexical_class", 1), ("token", 0), joiner=" then "),
-    _columns_feature("previous_token_class", "the token before and the lexical class", ("token", 1), ("lexical_class", 0), joiner=" then "),
-    Feature("place_in_line", "the place in the line", _line_keys, _line_label),
-    Feature("context_position", "the number of tokens read", _context_keys, lambda view, key: _bucket_word(key)),
-    _columns_feature("repeated", "the lexical class and whether the token was seen before", ("lexical_class", 0), ("repeated", 0), joiner=", times seen before: "),
-    _columns_feature("continuation", "what followed the token the last time", ("continuation", 0)),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -258,7 +357,11 @@ class LogitFeature:
 LOGIT_FEATURES = (
     LogitFeature("promoted_next", "where the next token stands in what the unit promotes", "token", -1),
     LogitFeature("promoted_here", "where this token stands in what the unit promotes", "token", 0),
-    LogitFeature("promoted_continuation", "where what followed last time stands in what the unit promotes", "continuation", 0),
+    LogitFeature(
+        "promoted_continuation",
+        "where what followed last time stands in what the unit promotes",
+        "continuation", 0,
+    ),
 )  # fmt: skip
 
 _BANDS = (

@@ -2,9 +2,9 @@
 
     harvest -> explain -> score -> ablate -> result.json and page, one unit after the other; then the index
 
-Every unit's files are written whole before the next is begun, and a unit that is there already, from the same
-model, corpus and settings, is not done again: a killed run goes on where it was. This is the one module of the
-package that brings torch in, through what it calls.
+Every unit's files are written whole before the next is begun, and a unit that is there already, from the
+same model, corpus and settings, is not done again: a killed run goes on where it was. This is the one
+module of the package that brings torch in, through what it calls.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ __all__ = ["Pipeline"]
 
 _VERSION = 1  # of the method: raise it when results change for the same input
 _LISTED = 10  # promoted and suppressed tokens
-_ABLATED_WINDOWS = (6, 2)  # test windows the unit is ablated on: from the top, at random
+_ABLATED_WINDOWS = (4, 2)  # test windows the unit is ablated on: from the top, at random
 
 
 @dataclass(eq=False)
@@ -135,7 +135,8 @@ class Pipeline:
         )
 
     def default_units(self, layer: int | None = None, count: int = 8) -> tuple[Unit, ...]:
-        """Units to show when none are named: spread evenly over a layer's neurons (default: the middle layer)."""
+        """Units to show when none are named: spread evenly over a layer's neurons (default: the middle
+        layer)."""
         config = self.model.config
         layer = config.n_layers // 2 if layer is None else layer
         places = np.linspace(0, config.d_mlp - 1, min(count, config.d_mlp)).astype(int)
@@ -150,14 +151,15 @@ class Pipeline:
         config = self.model.config
         if not units:
             raise RequestError("no units to explain: name at least one layer and neuron")
+        name = self.model_facts.name
         for unit in units:
             if unit.layer >= config.n_layers:
-                raise RequestError(
-                    f"layer {unit.layer} does not exist: {self.model_facts.name} has layers 0 to {config.n_layers - 1}"
-                )
+                last = config.n_layers - 1
+                raise RequestError(f"layer {unit.layer} does not exist: {name} has layers 0 to {last}")
             if unit.index >= config.d_mlp:
+                last = config.d_mlp - 1
                 raise RequestError(
-                    f"neuron {unit.index} does not exist: {self.model_facts.name} has neurons 0 to {config.d_mlp - 1} in every layer"
+                    f"neuron {unit.index} does not exist: {name} has 0 to {last} in every layer"
                 )
             if unit.kind != "neuron" or unit.site != "mlp.post_act":
                 raise RequestError(

@@ -1,7 +1,8 @@
 """What is concluded about a unit: explanation, scores, controls, causal effect; the content of result.json.
 
 A score that could not be computed is `None`, never zero, and its coverage says how much of the planned
-evidence was there. Everything is deterministic given model, corpus, settings and seed: no dates, no durations.
+evidence was there. Everything is deterministic given model, corpus, settings and seed: no dates, no
+durations.
 
 A run folder holds `run.json` (a `RunResult`) and, for every unit, `units/<unit.name>/result.json`
 (a `UnitResult`).
@@ -51,7 +52,8 @@ class TableEntry(Record):
 
 
 class Table(Record):
-    """One readable rule: a feature of the text (such as "token" or "lexical_class") and effects of its values.
+    """One readable rule: a feature of the text (such as "token" or "lexical_class") and effects of its
+    values.
 
     Keys that are not listed have the effect 0. `share` is the part of the training variance the rule
     explains, given the rules before it.

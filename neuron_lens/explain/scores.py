@@ -1,14 +1,16 @@
 """How well a prediction of activations does, with bootstrap intervals over windows. Numpy only.
 
-The window is what is resampled, because tokens of one window are not independent. Every score is a function of
-additive or sortable quantities of windows, so that a thousand resamples cost one matrix product. A window without a
-prediction is missing: it lowers the coverage and enters no figure. A score of what does not vary is None.
+The window is what is resampled, because tokens of one window are not independent. Every score is a function
+of additive or sortable quantities of windows, so that a thousand resamples cost one matrix product. A window
+without a prediction is missing: it lowers the coverage and enters no figure. A score of what does not vary is
+None.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +40,8 @@ AUC_RESAMPLES = 200
 class Predictions:
     """True and predicted activations `[window, length]`; `mask` is True where there is a token.
 
-    `given` `[window]` is False for windows whose prediction failed; `random` marks those from the random sample.
+    `given` `[window]` is False for windows whose prediction failed; `random` marks those of the random
+    sample.
     """
 
     true: Floats
@@ -125,7 +128,8 @@ def _balanced(sums: Floats) -> Floats:
 
 
 def best_threshold(true: Floats, predicted: Floats, firing_threshold: float) -> float | None:
-    """The predicted activation that separates firing from silent tokens best (balanced accuracy); flat arrays.
+    """The predicted activation that separates firing from silent tokens best (balanced accuracy); flat
+    arrays.
 
     None when all tokens fire, none does, or the prediction never varies.
     """
@@ -206,6 +210,14 @@ def _interval(
         value=round(value, 6), low=round(float(low), 6), high=round(float(high), 6),
         n=n, n_windows=n_windows, coverage=coverage,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=16)
+def _resample_weights(n_windows: int, resamples: int, seed: int) -> Floats:
+    """How often each resample draws each window, `[resample, window]`."""
+    random = np.random.default_rng(seed)
+    counts = random.multinomial(n_windows, np.full(n_windows, 1 / n_windows), size=resamples)
+    return counts.astype(np.float64)
 
 
 def _no_score(predictions: Predictions) -> Score:

@@ -11,7 +11,7 @@ _SHOWN_LATER = 3
 _WEAK_FIT = 0.1  # validation correlation below which no rule is claimed
 
 # What an effect is called, by its share of the largest activation on the training windows.
-_GRADES = ((0.5, "strongly"), (0.2, ""), (0.0, "weakly"))
+_GRADES = ((0.5, "strongly"), (0.2, "moderately"), (0.0, "weakly"))
 
 # How a rule's values are introduced, where "where <title> is" would be clumsy.
 _PHRASES = {
@@ -64,9 +64,9 @@ def _clause(table: Table, largest: float, first: bool) -> str:
     weight_up, weight_down = _weight(raising), _weight(lowering)
     said = []
     if raising and weight_up >= 0.25 * weight_down:
-        said.append(("fires " if first else "more ") + _listed(table, raising, largest, shown))
+        said.append(("fires " if first else "more so ") + _listed(table, raising, largest, shown))
     if lowering and (weight_down > weight_up or not said):
-        said.append(("is held down " if first else "less ") + _listed(table, lowering, largest, shown))
+        said.append(("is held down " if first else "less so ") + _listed(table, lowering, largest, shown))
     text = " and ".join(said)
     return text[:1].upper() + text[1:] if first else text
 
@@ -80,7 +80,7 @@ def _listed(table: Table, entries: list[TableEntry], largest: float, count: int)
     phrase = _PHRASES.get(table.feature, f"where {table.title} is {{}}")
     parts = [f"{grade} {phrase.format(_either(keys))}".strip() for grade, keys in groups.items()]
     rest = len(entries) - len(shown)
-    return ", ".join(parts) + (f" (and {rest} more)" if rest else "")
+    return ", ".join(parts) + (f" (and on {rest} more)" if rest else "")
 
 
 def _grade(value: float, largest: float) -> str:

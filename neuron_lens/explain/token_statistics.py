@@ -1,11 +1,12 @@
 """The built-in explainer: readable tables of the text's features, fitted to the activations.
 
-An explanation is a sum of at most a few tables. Each table is one feature (the token, the token before, the lexical
-class, ...) with the mean effect of each of its values: sum of the residual over the tokens with that value, divided
-by their number plus a constant (shrinkage: what was seen once is not believed). Tables are added one at a time,
-the feature and the shrinkage being those that predict the validation windows best, then fitted again in turn
-(backfitting, Breiman & Friedman 1985), cut to the entries that matter, and said in one sentence. What is simulated and
-scored is the predicate exactly as it is written down, with its cut tables.
+An explanation is a sum of at most a few tables. Each table is one feature (the token, the token before,
+the lexical class, ...) with the mean effect of each of its values: the sum of the residual over the
+tokens with that value, divided by their number plus a constant (shrinkage: what was seen once is not
+believed). Tables are added one at a time, the feature and the shrinkage being those that predict the
+validation windows best, then fitted again in turn (backfitting, Breiman & Friedman 1985), cut to the
+entries that matter, and said in one sentence. What is simulated and scored is the predicate exactly as it
+is written down, with its cut tables.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ MAX_TABLES = 3
 MAX_ENTRIES = 400
 _SHRINKAGE = (1.0, 4.0, 16.0, 64.0)
 _KEPT_SHARE = 0.995  # of a table's explained variance that its written entries hold
-_MIN_GAIN = 0.004  # of the validation variance, for one more table
+_MIN_GAIN = 0.005  # of the validation variance, for one more table
+_TOLERANCE = 0.01  # of the validation variance, given up for a simpler feature
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +76,10 @@ class FittedPredicate:
         first = self.tables[0].feature.codes[rows] if self.tables else None
         if first is None:
             return np.full((len(rows), 1), self.base)
-        total = np.full(first.shape, self.base)
+        total: Floats = np.full(first.shape, self.base)
         for table in self.tables:
             total += table.effects[table.feature.codes[rows]]
-        return np.maximum(total, self.floor)
+        return np.asarray(np.maximum(total, self.floor), dtype=np.float64)
 
     def written(self) -> Predicate:
         """The predicate as a record: what the sentence summarises and the simulation uses."""
@@ -125,10 +127,10 @@ def fit_predicate(
     parts = [_Part(feature, train.codes(feature), validation.codes(feature)) for feature in features]
     while len(tables) < max_tables and total > 0:
         before = float(np.mean(residual_validation**2))
-        part, table = min(
-            (_best_shrinkage(part, residual, residual_validation) for part in parts),
-            key=lambda item: item[2],
-        )[:2]
+        part, table = _simplest(
+            [_best_shrinkage(part, residual, residual_validation) for part in parts],
+            total * len(y_validation),
+        )
         after = float(np.mean((residual_validation - table.effects[part.validation]) ** 2))
         # The first table is always written down: a poor explanation has a score too, and it says so.
         if tables and before - after < _MIN_GAIN * total:
@@ -160,6 +162,15 @@ def _means(codes: NDArray[np.int32], n_keys: int, residual: Floats) -> tuple[Flo
     return np.asarray(sums, dtype=np.float64), np.asarray(
         np.bincount(codes, minlength=n_keys), dtype=np.int64
     )
+
+
+def _simplest(tried: Sequence[tuple[_Part, FittedTable, float]], total: float) -> tuple[_Part, FittedTable]:
+    """The first feature that comes close to the best one: features are listed from simple to complex.
+
+    `total` is the validation sum of squares; close is within _TOLERANCE of it.
+    """
+    best = min(change for _, _, change in tried)
+    return next((part, table) for part, table, change in tried if change <= best + _TOLERANCE * total)
 
 
 def _best_shrinkage(

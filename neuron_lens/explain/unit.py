@@ -32,8 +32,8 @@ _EXPLAINER = "token_statistics"
 
 @dataclass(frozen=True, eq=False)
 class UnitWindows:
-    """Distinct windows of one unit: `rows` of the layer's windows, `activations` `[window, length]`, and which of
-    them belong to the uniform sample and which to the unit's own top list."""
+    """Distinct windows of one unit: `rows` of the layer's windows, `activations` `[window, length]`, and
+    which of them belong to the uniform sample and which to the unit's own top list."""
 
     windows: TextWindows
     rows: NDArray[np.int32]
@@ -127,7 +127,8 @@ class ExplainedUnit:
         return score_all(self.predictions(), self.firing_threshold, self.explanation.firing_threshold, seed)
 
     def controls(self, other: ExplainedUnit, seed: int) -> tuple[Control, ...]:
-        """The same scores for another unit's explanation, and for this one's predictions dealt to other tokens."""
+        """The same scores for another unit's explanation, and for this one's predictions dealt to other
+        tokens."""
         anothers = self.predictions(by=other)
         own = self.predictions()
         shuffled = own.predicted.copy()
@@ -229,7 +230,8 @@ class ExplainedUnit:
 def explain_windows(
     unit: Unit, held: UnitWindows, features: FeatureSet, logits: NDArray[np.floating[Any]] | None
 ) -> ExplainedUnit:
-    """Fit the token-statistics explainer on train and validation. `logits` `[d_vocab]`: the unit's output, if known."""
+    """Fit the token-statistics explainer on train and validation. `logits` `[d_vocab]`: the unit's
+    output, if known."""
     train, validation = held.part("train"), held.part("validation")
     fitted = fit_predicate(features.of_unit(logits), train.examples(), validation.examples())
     largest = float(train.examples().values.max(initial=0.0))

@@ -1,8 +1,9 @@
-"""What a unit does: replace its activation at chosen tokens and see what becomes of the next-token prediction.
+"""What a unit does: replace its activation at chosen tokens and see what becomes of the next-token
+prediction.
 
-The model is run on windows with the context they were harvested with, intact and with the unit's activation replaced
-through the hook tree: once where the unit fires, once where it does not. Losses are nats per token, compared at the
-same tokens.
+The model is run on windows with the context they were harvested with, intact and with the unit's
+activation replaced through the hook tree: once where the unit fires, once where it does not. Losses are
+nats per token, compared at the same tokens.
 """
 
 from __future__ import annotations
@@ -43,10 +44,11 @@ class AblatedTokens:
 
 
 def output_logits(model: Transformer, layer: int) -> Tensor:
-    """What each neuron's output weights add to the logits, `[d_mlp, d_vocab]`, through the final norm's weight.
+    """What each neuron's output weights add to the logits, `[d_mlp, d_vocab]`, through the final norm's
+    weight.
 
-    The logit lens of the weights (nostalgebraist 2020; Geva et al. 2022): centred over the vocabulary, since a
-    shift of all logits changes nothing.
+    The logit lens of the weights (nostalgebraist 2020; Geva et al. 2022): centred over the vocabulary,
+    since a shift of all logits changes nothing.
     """
     block: Any = model.blocks[layer]
     written = block.mlp.down.weight.detach().float().T  # [d_mlp, d_model]
@@ -56,7 +58,8 @@ def output_logits(model: Transformer, layer: int) -> Tensor:
     if gain is not None:
         written = written * (gain.detach().float() + (1.0 if model.config.norm_offset else 0.0))
     logits = written @ model.unembed.weight.detach().float().T
-    return logits - logits.mean(-1, keepdim=True)
+    centred: Tensor = logits - logits.mean(-1, keepdim=True)
+    return centred
 
 
 def window_inputs(
@@ -83,7 +86,8 @@ def ablate_where(
     masks: Sequence[NDArray[np.bool_]],
     site: str = "mlp.post_act",
 ) -> list[AblatedTokens]:
-    """Replace the unit by `value` at the masked tokens of the windows, for every mask `[window, length]` in turn.
+    """Replace the unit by `value` at the masked tokens of the windows, for every mask `[window, length]`
+    in turn.
 
     The last token of a window that ends its document has no next token and is left out.
     """

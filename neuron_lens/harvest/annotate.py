@@ -1,8 +1,8 @@
 """What is known of every token of a document without a model: its columns.
 
-Lexical class, statement and bracket come from Python's own tokenizer (`lexical`); position, indentation, pieces of words
-and repetition from the text itself. Everything is computed on the whole document, so that a window knows what lies
-before it.
+Lexical class, statement and bracket come from Python's own tokenizer (`lexical`); position, indentation,
+pieces of words and repetition from the text itself. Everything is computed on the whole document, so that
+a window knows what lies before it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ COLUMN_NAMES = {"lexical_class": LEXICAL_CLASSES, "statement": STATEMENTS, "brac
 
 
 def annotate(text: str, ids: IntArray, spans: Sequence[tuple[int, int]]) -> tuple[dict[str, IntArray], bool]:
-    """Columns `[token]` of a whole document, and whether it could be lexed; `spans` are the tokens' characters.
+    """Columns `[token]` of a whole document, and whether it could be lexed; `spans` are the tokens'
+    characters.
 
-    token, lexical_class, statement, bracket, position_in_line, indent, piece (which piece of its word it is, 0 the first),
-    repeated (0 or 1), continuation (the token that followed the last time this one was seen, or ABSENT).
+    token, lexical_class, statement, bracket, position_in_line, indent, piece (which piece of its word it
+    is, 0 the first), repeated (0 or 1), continuation (the token that followed the last time this one was
+    seen, or ABSENT).
     """
     starts = np.array([start for start, _ in spans], dtype=np.int32)
     ends = np.array([end for _, end in spans], dtype=np.int32)

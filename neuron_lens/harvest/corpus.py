@@ -1,10 +1,10 @@
 """Documents to annotated windows: where the text comes from, how it is cut, and what Python says about it.
 
-A document is cut into rows of at most `row_length` tokens, the most the model reads at once. Rows overlap: the
-first `context` tokens of every row but a document's first are there to be read only, so that every token is kept
-exactly once and none but a document's first lacks left context. The kept part of a row is cut into windows of
-one length. Rows, not windows, are dealt out to train, validation and test, by a hash of the place: parts never
-share a token, and neighbouring windows stay together.
+A document is cut into rows of at most `row_length` tokens, the most the model reads at once. Rows
+overlap: the first `context` tokens of every row but a document's first are there to be read only, so that
+every token is kept exactly once and none but a document's first lacks left context. The kept part of a
+row is cut into windows of one length. Rows, not windows, are dealt out to train, validation and test, by
+a hash of the place: parts never share a token, and neighbouring windows stay together.
 
 Knows no model: tokens and text only.
 """
@@ -102,7 +102,8 @@ class WindowShape:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """What the model reads at once: `ids` of one document from token `start`; from `keep_from` on they are kept."""
+    """What the model reads at once: `ids` of one document from token `start`; from `keep_from` on they
+    are kept."""
 
     document: int
     start: int
@@ -141,7 +142,8 @@ class Corpus:
 
     @classmethod
     def of_paths(cls, paths: Sequence[str | Path], name: str | None = None) -> Corpus:
-        """Files, folders (searched for text files) and globs. `.jsonl` and `.jsonl.gz` hold a document a line.
+        """Files, folders (searched for text files) and globs. `.jsonl` and `.jsonl.gz` hold a document a
+        line.
 
         A line is an object with "text" and, if it likes, "path". Raises RequestError for a path that matches
         nothing, a named file that is not UTF-8, a bad line, or no text at all.
@@ -184,7 +186,8 @@ def gather_windows(
     token_texts: Sequence[str],
     seed: int = 0,
 ) -> tuple[TextWindows, int]:
-    """The kept windows, given by (document, start), with all their columns; and how many documents did not lex."""
+    """The kept windows, given by (document, start), with all their columns; and how many documents did
+    not lex."""
     parts: list[dict[str, IntArray]] = []
     places: list[tuple[int, int, int, int, int]] = []
     names: list[str] = []

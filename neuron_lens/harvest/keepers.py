@@ -1,8 +1,9 @@
 """What is kept of a stream of activations, for all units of a layer at once, in bounded memory.
 
-Each keeper takes batches of windows `[window, length, unit]`; what it holds depends on the number of units and of
-kept windows, never on the number of tokens. Every choice is a function of the windows' contents and places alone, so
-that the order of batches does not matter and two keepers of the same stream cut in two can be merged.
+Each keeper takes batches of windows `[window, length, unit]`; what it holds depends on the number of
+units and of kept windows, never on the number of tokens. Every choice is a function of the windows'
+contents and places alone, so that the order of batches does not matter and two keepers of the same stream
+cut in two can be merged.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ __all__ = ["Moments", "TopWindows", "UniformSample", "WindowBatch"]
 
 @dataclass(frozen=True, eq=False)
 class WindowBatch:
-    """Windows of one batch: `activations` `[window, length, unit]`, `mask` `[window, length]` True where there is a
-    token, and for every window its identity `place` (one integer) and a hash `priority` of it."""
+    """Windows of one batch: `activations` `[window, length, unit]`, `mask` `[window, length]` True where
+    there is a token, and for every window its identity `place` (one integer) and a hash `priority` of
+    it."""
 
     activations: Tensor
     mask: Tensor
@@ -80,8 +82,8 @@ class Moments:
 class TopWindows:
     """For each unit, the `count` windows with the largest activation.
 
-    `score` and `place` are `[count, unit]` in falling order (places -1 while there are fewer windows), `activations`
-    `[count, unit, length]` in float16.
+    `score` and `place` are `[count, unit]` in falling order (places -1 while there are fewer windows),
+    `activations` `[count, unit, length]` in float16.
     """
 
     def __init__(self, count: int, n_units: int, length: int, device: torch.device) -> None:
@@ -112,7 +114,8 @@ class TopWindows:
 
 
 class UniformSample:
-    """The `count` windows of smallest hash, which is a uniform sample without replacement, shared by all units.
+    """The `count` windows of smallest hash, which is a uniform sample without replacement, shared by all
+    units.
 
     `place` and `priority` are `[count]`, `activations` `[count, length, unit]` in float16.
     """

@@ -90,7 +90,8 @@ _LAYOUT = frozenset((tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DE
 
 @dataclass(frozen=True, eq=False)
 class LexicalMap:
-    """Codes `[character]` into LEXICAL_CLASSES, STATEMENTS and BRACKETS; `known` is False when lexing failed."""
+    """Codes `[character]` into LEXICAL_CLASSES, STATEMENTS and BRACKETS; `known` is False when lexing
+    failed."""
 
     lexical_class: NDArray[np.uint8]
     statement: NDArray[np.uint8]

@@ -1,7 +1,8 @@
-"""One pass of the model over a corpus: rows in batches, hooks that catch the sites, keepers that keep a little.
+"""One pass of the model over a corpus: rows in batches, hooks that catch the sites, keepers that keep a
+little.
 
-The pass stops at the last layer asked for. The catching hook hands the site's own tensor on: nothing is copied and
-nothing stays after the batch.
+The pass stops at the last layer asked for. The catching hook hands the site's own tensor on: nothing is
+copied and nothing stays after the batch.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ if TYPE_CHECKING:
 
 __all__ = ["HarvestSettings", "harvest_layers", "model_fingerprint", "model_inputs"]
 
+MINIMUM_WINDOWS = 2  # in every part
+
 _PLACE_STRIDE = 2**32  # a place is document * stride + start
 
 
 @dataclass(frozen=True, kw_only=True)
 class HarvestSettings:
-    """What is kept: windows per part (train, validation, test), of the uniform sample and at the top of each unit."""
+    """What is kept: windows per part (train, validation, test), of the uniform sample and at the top of
+    each unit."""
 
     shape: WindowShape = field(default_factory=WindowShape)
     random: tuple[int, int, int] = (1024, 256, 256)
@@ -81,7 +85,8 @@ def harvest_layers(
     fingerprint: str | None = None,
     progress: bool = True,
 ) -> dict[int, LayerHarvest]:
-    """Harvest layers into `folder/layer<i>`, in one pass; what is there already, of the same content, is opened.
+    """Harvest layers into `folder/layer<i>`, in one pass; what is there already, of the same content, is
+    opened.
 
     Raises RequestError for layers that do not exist, a model without a tokenizer, or a corpus without tokens.
     """
@@ -122,7 +127,8 @@ def model_fingerprint(model: Transformer) -> str:
 
 
 def model_inputs(model: Transformer, rows: Sequence[np.ndarray[Any, Any]]) -> tuple[Tensor, Tensor, int]:
-    """Rows of ids as the model reads them: tokens and padding `[batch, pos]`, and where the rows' own tokens begin.
+    """Rows of ids as the model reads them: tokens and padding `[batch, pos]`, and where the rows' own
+    tokens begin.
 
     Models whose tokenizer starts texts with a beginning-of-sequence token get one before every row.
     """
@@ -170,9 +176,20 @@ def _pass(
             n_tokens += cutter.n_tokens
             bar.update(cutter.n_tokens)
             bar.set_postfix_str(f"document {batch[-1].document + 1}/{corpus.n_documents}", refresh=False)
-    if n_tokens == 0:
-        raise RequestError(f"the corpus {corpus.name} has no tokens; give other files")
+    _require_enough(corpus, keepers, n_tokens)
     return keepers, n_tokens
+
+
+def _require_enough(corpus: Corpus, keepers: dict[int, _LayerKeepers], n_tokens: int) -> None:
+    """Every part needs windows, or nothing can be fitted or scored."""
+    samples = next(iter(keepers.values())).random if keepers else []
+    sizes = [int((sample.place >= 0).sum()) for sample in samples]
+    if not sizes or min(sizes) < MINIMUM_WINDOWS:
+        held = ", ".join(f"{name} {size}" for name, size in zip(SPLITS, sizes, strict=False)) or "none"
+        raise RequestError(
+            f"the corpus {corpus.name} is too small: its {n_tokens} tokens make these windows: {held}; every "
+            f"part needs at least {MINIMUM_WINDOWS}, so give more text (about 5,000 tokens do)"
+        )
 
 
 def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:

@@ -1,11 +1,12 @@
 """A harvested layer on disk: self-describing, atomic, readable one unit at a time. Numpy only.
 
-A folder with `windows.safetensors` (the kept windows), `activations.safetensors` and `manifest.json`. The manifest is
-written last and holds the key of what was harvested: a folder without it, or with another key, is not a harvest.
+A folder with `windows.safetensors` (the kept windows), `activations.safetensors` and `manifest.json`. The
+manifest is written last and holds the key of what was harvested: a folder without it, or with another
+key, is not a harvest.
 
-    random.activations [unit, window, length] float16     random.row [window]
-    top.activations    [unit, slot, length]   float16     top.row    [unit, slot] (-1: none)     top.split [slot]
-    moments            [unit, 6]              float64     mean, variance, third, fourth, minimum, maximum
+    random.activations [unit, window, length] float16     random.row [window] top.activations    [unit,
+slot, length]   float16     top.row    [unit, slot] (-1: none)     top.split [slot] moments
+[unit, 6]              float64     mean, variance, third, fourth, minimum, maximum
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ FORMAT_VERSION = 1
 class UnitActivations:
     """What was kept of one unit: rows of the windows, and activations `[window, length]`, float32.
 
-    `random` windows are the layer's uniform sample; `top` are the unit's own, in falling order within a split.
+    `random` windows are the layer's uniform sample; `top` are the unit's own, in falling order within a
+    split.
     """
 
     random_rows: NDArray[np.int32]
