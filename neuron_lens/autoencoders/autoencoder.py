@@ -207,7 +207,7 @@ class Autoencoder(nn.Module):
         h = F.linear(encoder_in, W_enc.T, b_enc)
         if self.W_skip is not None:
             skip = flat.to(self.dtype) @ self.W_skip
-            state = state._replace(offset=skip if state.offset is None else state.offset + skip)
+            state = state._replace(offset=state.offset + skip)
         return h, state
 
     def _flat(self, x: Tensor) -> Tensor:
@@ -252,10 +252,8 @@ class Autoencoder(nn.Module):
     def _denormalise(self, out: Tensor, state: DecodeState | None) -> Tensor:
         if self.config.normalisation == "scale":
             out = out / self.config.scale_out
-        if state is not None and state.scale is not None:
-            out = out * state.scale
-        if state is not None and state.offset is not None:
-            out = out + state.offset
+        if state is not None and self.config.needs_state:
+            out = out * state.scale + state.offset
         return out.to(self.dtype)
 
     def _index(self, latents: slice | Sequence[int] | Tensor) -> LatentIndex:
@@ -267,7 +265,7 @@ class Autoencoder(nn.Module):
             if latents.stop is not None and latents.stop > width:
                 raise RequestError(f"latents up to {latents.stop} were asked for; there are {width}")
             return latents
-        index = torch.as_tensor(latents, device=self.W_enc.device)
+        index: Tensor = torch.as_tensor(latents, device=self.W_enc.device)
         if index.ndim != 1 or index.dtype not in (torch.int64, torch.int32):
             raise RequestError(
                 f"latents are given as a slice or a list of indices, not {index.dtype} {list(index.shape)}"
@@ -277,8 +275,8 @@ class Autoencoder(nn.Module):
             raise RequestError(
                 f"latent {int(beyond[0])} was asked for; this autoencoder has latents 0 to {width - 1}"
             )
-        positive: Tensor = index.long().remainder(width)
-        return positive
+        counted: Tensor = torch.where(index < 0, index + width, index)
+        return counted.long()
 
 
 def decoder_norms(W_dec: Tensor) -> Tensor:

@@ -19,10 +19,13 @@ _LAYER_NORM_EPSILON = 1e-5
 
 
 class DecodeState(NamedTuple):
-    """What decoding must know of the input: output = decoded * scale + offset. None stands for 1 and 0."""
+    """What decoding must know of the input: output = decoded * scale + offset.
 
-    scale: Tensor | None = None  # [..., 1]
-    offset: Tensor | None = None  # [..., 1] or [..., d_out]
+    Always two tensors, so that it passes through torch.func; scalars 1 and 0 where there is nothing to know.
+    """
+
+    scale: Tensor  # [..., 1]
+    offset: Tensor  # [..., 1] or [..., d_out]
 
 
 def normalise(x: Tensor, config: AutoencoderConfig) -> tuple[Tensor, DecodeState]:
@@ -35,17 +38,20 @@ def normalise(x: Tensor, config: AutoencoderConfig) -> tuple[Tensor, DecodeState
       epsilon (OpenAI's sparse_autoencoder and SAELens).
     - scale: x * scale_in; undone by dividing by scale_out, which needs nothing of x.
     """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    nothing = DecodeState(x.new_ones((), dtype=wide), x.new_zeros((), dtype=wide))
     if config.normalisation == "none":
-        return x, DecodeState()
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return x, nothing
+    x = x.to(wide)
     if config.normalisation == "scale":
-        return x * config.scale_in, DecodeState()
+        return x * config.scale_in, nothing
     if config.normalisation == "constant_norm_rescale":
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         norm = torch.where(norm > 0, norm, torch.ones_like(norm))
         root = config.d_in**0.5
-        return x * (root / norm), DecodeState(scale=norm / root)
+        return x * (root / norm), nothing._replace(scale=norm / root)
     mean = x.mean(dim=-1, keepdim=True)
     centred = x - mean
-    std = centred.std(dim=-1, keepdim=True)
-    return centred / (std + _LAYER_NORM_EPSILON), DecodeState(scale=std, offset=mean)
+    # not .std(), which warns on empty input and has no gradient at constant x
+    std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / (config.d_in - 1) ** 0.5
+    return centred / (std + _LAYER_NORM_EPSILON), DecodeState(std, mean)

@@ -116,7 +116,8 @@ class Checkpoint:
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        # opened here, because numpy leaves the file open where it is no archive
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     except (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise CheckpointError(
@@ -182,9 +183,14 @@ def number(value: Any, name: str, where: str) -> float:
 
 
 def layer_in_path(path: Path) -> int | None:
-    """The layer a path names (`layer_12`, `L12R`, `l19`, `resid_post_layer_3`), the innermost that does."""
-    for part in reversed(path.absolute().parts):
-        hit = re.search(r"(?:layers?[_.\-]?|(?<![A-Za-z])[lL])(\d+)", part)
-        if hit:
-            return int(hit[1])
+    """The layer that the innermost of a path's last parts names, or None.
+
+    `layer_12`, `resid_post_layer_3`; failing that `L12R` or `l19`, but not the `l0` of `average_l0_71`.
+    """
+    parts = path.absolute().parts[-5:]
+    for pattern in (r"layers?[_.\-]?(\d+)", r"(?<![A-Za-z])[lL](\d+)(?![\d_])"):
+        for part in reversed(parts):
+            hit = re.search(pattern, part)
+            if hit:
+                return int(hit[1])
     return None
