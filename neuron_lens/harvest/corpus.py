@@ -83,8 +83,8 @@ class WindowShape:
         room = self.row_length - self.context
         if not (self.length > 0 and self.context >= 0 and room > 0 and room % self.length == 0):
             raise RequestError(
-                f"rows of {self.row_length} tokens with {self.context} of context cannot be cut into windows of "
-                f"{self.length}: row_length - context must be a positive multiple of length"
+                f"rows of {self.row_length} tokens with {self.context} of context cannot be cut into windows "
+                f"of {self.length}: row_length - context must be a positive multiple of length"
             )
         if self.context % self.length:
             raise RequestError(

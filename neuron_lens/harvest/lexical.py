@@ -49,8 +49,8 @@ LEXICAL_CLASSES = (
 
 STATEMENTS = (
     "unknown", "expression", "def", "class", "import", "from", "return", "if", "elif", "else", "for", "while",
-    "try", "except", "finally", "with", "raise", "assert", "del", "pass", "break", "continue", "yield", "global",
-    "nonlocal", "async", "await", "lambda", "not", "decorator", "string", "comment", "blank",
+    "try", "except", "finally", "with", "raise", "assert", "del", "pass", "break", "continue", "yield",
+    "global", "nonlocal", "async", "await", "lambda", "not", "decorator", "string", "comment", "blank",
 )  # fmt: skip
 
 BRACKETS = ("none", "call", "parameters", "parenthesis", "square bracket", "curly bracket", "unknown")
@@ -151,6 +151,8 @@ def _tokens(text: str) -> list[_Token]:
         for token in tokenize.generate_tokens(io.StringIO(text, newline="\n").readline):
             start = min(starts[token.start[0] - 1] + token.start[1], len(text))
             end = min(starts[token.end[0] - 1] + token.end[1], len(text))
+            if token.type == tokenize.ERRORTOKEN and token.string[:1] in "'\"":
+                raise tokenize.TokenError("a string is never closed")  # as Python 3.12 and later report it
             if token.type in _STRING_STARTS:
                 depth, opened = depth + 1, start if depth == 0 else opened
             elif token.type in _STRING_ENDS:
