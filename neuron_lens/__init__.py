@@ -11,7 +11,22 @@ from typing import Any
 __version__ = "0.1.0"
 
 # The one table of the public surface: name -> the module that defines it.
-_PUBLIC: dict[str, str] = {}
+_PUBLIC: dict[str, str] = {
+    "AtHeads": "neuron_lens.hooks",
+    "AtLayers": "neuron_lens.hooks",
+    "AtPositions": "neuron_lens.hooks",
+    "AtRows": "neuron_lens.hooks",
+    "AtSteps": "neuron_lens.hooks",
+    "AtUnits": "neuron_lens.hooks",
+    "AutoencoderHooks": "neuron_lens.hooks",
+    "KVCache": "neuron_lens.transformer",
+    "NeuronLensError": "neuron_lens.errors",
+    "Transformer": "neuron_lens.transformer",
+    "TransformerConfig": "neuron_lens.transformer",
+    "TransformerHooks": "neuron_lens.hooks",
+    "When": "neuron_lens.hooks",
+    "grad_hook_wrapper": "neuron_lens.hooks",
+}
 
 __all__ = sorted([*_PUBLIC, "__version__"])
 

@@ -88,7 +88,7 @@ def _byte_characters() -> dict[int, str]:
     return {byte: chr(byte) for byte in kept} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
 
 
-def load_encoding(folder: Path):  # noqa: ANN201 - tiktoken.Encoding, imported where used
+def load_encoding(folder: Path):
     """The trained tokenizer as a tiktoken encoding."""
     import base64
 
@@ -104,7 +104,7 @@ def load_encoding(folder: Path):  # noqa: ANN201 - tiktoken.Encoding, imported w
     )
 
 
-def token_stream(texts: list[str], encoding) -> np.ndarray:  # noqa: ANN001
+def token_stream(texts: list[str], encoding) -> np.ndarray:
     """All documents as one stream of ids, each begun by the end-of-text token."""
     parts = [[encoding.eot_token, *encoding.encode_ordinary(text)] for text in texts]
     return np.concatenate([np.array(part, dtype=np.uint16) for part in parts])

@@ -37,7 +37,14 @@ IGNORED = -100
 
 def pico_config() -> TransformerConfig:
     return TransformerConfig(
-        name="pico", n_layers=6, d_model=192, n_heads=6, d_mlp=768, d_vocab=4096, n_ctx=CONTEXT, activation="gelu_tanh"
+        name="pico",
+        n_layers=6,
+        d_model=192,
+        n_heads=6,
+        d_mlp=768,
+        d_vocab=4096,
+        n_ctx=CONTEXT,
+        activation="gelu_tanh",
     )
 
 
@@ -73,7 +80,9 @@ def make_optimisers(model: Transformer) -> list[torch.optim.Optimizer]:
     ]
 
 
-def save_checkpoint(path: Path, model: Transformer, optimisers: list[torch.optim.Optimizer], step: int) -> None:
+def save_checkpoint(
+    path: Path, model: Transformer, optimisers: list[torch.optim.Optimizer], step: int
+) -> None:
     temporary = path.with_suffix(".tmp")
     states = [optimiser.state_dict() for optimiser in optimisers]
     torch.save({"model": model.state_dict(), "optimisers": states, "step": step}, temporary)
@@ -156,7 +165,11 @@ def export(work: Path) -> None:
             tensors[f"{theirs}ln_2.{part}"] = state[f"{ours}ln_mlp.{part}"]
             together = torch.cat([state[f"{ours}attn.{name}.{part}"] for name in "qkv"])
             tensors[f"{theirs}attn.c_attn.{part}"] = together.T
-            for source, name in (("attn.out", "attn.c_proj"), ("mlp.up", "mlp.c_fc"), ("mlp.down", "mlp.c_proj")):
+            for source, name in (
+                ("attn.out", "attn.c_proj"),
+                ("mlp.up", "mlp.c_fc"),
+                ("mlp.down", "mlp.c_proj"),
+            ):
                 tensors[f"{theirs}{name}.{part}"] = state[f"{ours}{source}.{part}"].T
     tensors |= {f"ln_f.{part}": state[f"ln_f.{part}"] for part in ("weight", "bias")}
     half = {name: tensor.to(torch.float16).contiguous() for name, tensor in tensors.items()}
@@ -186,8 +199,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "pico", help="folder of checkpoint and loss curve")
-    parser.add_argument("--export", action="store_true", help="only write model_defs/pico from the last checkpoint")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "runs" / "pico", help="folder of checkpoint and loss curve"
+    )
+    parser.add_argument(
+        "--export", action="store_true", help="only write model_defs/pico from the last checkpoint"
+    )
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     if not arguments.export:

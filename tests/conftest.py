@@ -9,7 +9,9 @@ from hypothesis import HealthCheck, settings
 from neuron_lens.transformer import Transformer, TransformerConfig
 
 # examples are few and untimed: machines are slow and noisy, laws are not
-settings.register_profile("default", max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "default", max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("default")
 
 

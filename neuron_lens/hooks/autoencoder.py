@@ -66,7 +66,9 @@ class AutoencoderHooks(HookCollection):
         reconstruction = self.decode(latents)
         plain = reconstruction if latents is unedited else self.decode(unedited)
         if plain.shape != x.shape:
-            raise HookError(f"the autoencoder decodes to {list(plain.shape)}, but the site has {list(x.shape)}")
+            raise HookError(
+                f"the autoencoder decodes to {list(plain.shape)}, but the site has {list(x.shape)}"
+            )
         if not self.add_error:
             hooked = self._hooked_reconstruction(reconstruction, plain, context)
             if self.error.has_any():
@@ -83,7 +85,11 @@ class AutoencoderHooks(HookCollection):
         hooked = self._hooked_reconstruction(reconstruction, plain, context)
         return (hooked.to(wide) + self.error(error, **context)).to(x.dtype)
 
-    def _hooked_reconstruction(self, reconstruction: Tensor, plain: Tensor, context: dict[str, Any]) -> Tensor:
+    def _hooked_reconstruction(
+        self, reconstruction: Tensor, plain: Tensor, context: dict[str, Any]
+    ) -> Tensor:
         if not self.reconstruction.has_any():
             return reconstruction
-        return self.reconstruction(reconstruction.clone() if reconstruction is plain else reconstruction, **context)
+        return self.reconstruction(
+            reconstruction.clone() if reconstruction is plain else reconstruction, **context
+        )

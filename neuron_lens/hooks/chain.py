@@ -84,8 +84,8 @@ class _Entry:
 
     __slots__ = ("fn", "required", "wants")
 
-    def __init__(self, fn: Hook) -> None:
-        self.fn = fn
+    def __init__(self, fn: Hook | SiteAware) -> None:
+        self.fn: Any = fn
         self.wants, self.required = (None, ()) if isinstance(fn, SiteAware) else wanted_context(fn)
 
     def __eq__(self, other: object) -> bool:
@@ -97,16 +97,24 @@ class _Entry:
 def wanted_context(fn: Hook) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
     """Context names a callable accepts after its first argument (None: any), and those it cannot do without."""
     if not callable(fn):
-        raise HookError(f"a hook must be callable as hook(x, **context); got {fn!r} of type {type(fn).__name__}")
+        raise HookError(
+            f"a hook must be callable as hook(x, **context); got {fn!r} of type {type(fn).__name__}"
+        )
     try:
         parameters = list(inspect.signature(fn).parameters.values())
-    except (TypeError, ValueError):  # builtins such as torch.relu have no signature: give them the tensor alone
+    except (
+        TypeError,
+        ValueError,
+    ):  # builtins such as torch.relu have no signature: give them the tensor alone
         return (), ()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         wants = None
     else:
         wants = tuple(p.name for p in parameters[1:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
-    if not parameters or parameters[0].kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD):
+    if not parameters or parameters[0].kind in (
+        inspect.Parameter.KEYWORD_ONLY,
+        inspect.Parameter.VAR_KEYWORD,
+    ):
         raise HookError(f"hook {describe(fn)} takes no tensor: it must be callable as hook(x, **context)")
     required = tuple(
         p.name
@@ -125,7 +133,8 @@ def call_with_context(fn: Hook, wants: tuple[str, ...] | None, x: Any, context: 
 
 def describe(fn: Any) -> str:
     """A hook's name for messages and printouts."""
-    return getattr(fn, "__qualname__", None) or getattr(fn, "name", None) or repr(fn)
+    named = "__name__" if inspect.isbuiltin(fn) else "__qualname__"
+    return getattr(fn, named, None) or getattr(fn, "name", None) or repr(fn)
 
 
 def check_result(x: Tensor, y: Any, fn: Hook, context: dict[str, Any], site: Site) -> Tensor:
@@ -196,7 +205,9 @@ class Hooks(SiteAware):
         """Add names to the context of every hook in this chain. Raises HookError for a name bound already."""
         for key in kwargs:
             if key in self._bound:
-                raise HookError(f"{self.name}: {key!r} is bound already (to {self._bound[key]!r}); unbind it first")
+                raise HookError(
+                    f"{self.name}: {key!r} is bound already (to {self._bound[key]!r}); unbind it first"
+                )
         self._bound.update(kwargs)
         return self
 
@@ -204,7 +215,9 @@ class Hooks(SiteAware):
         """Take bound names away. Raises HookError for a name that is not bound."""
         for key in [keys] if isinstance(keys, str) else keys:
             if key not in self._bound:
-                raise HookError(f"{self.name}: {key!r} is not bound; bound: {sorted(self._bound) or 'nothing'}")
+                raise HookError(
+                    f"{self.name}: {key!r} is not bound; bound: {sorted(self._bound) or 'nothing'}"
+                )
             del self._bound[key]
         return self
 
@@ -218,8 +231,8 @@ class Hooks(SiteAware):
 
     def layers_named(self) -> set[int]:
         """Layers that conditions in this chain name, so that a model can refuse those it does not have."""
-        chains = [entry.fn for entry in self._hooks if isinstance(entry.fn, SiteAware)]
-        return set().union(*(chain.layers_named() for chain in chains))
+        aware = [entry.fn for entry in self._hooks if isinstance(entry.fn, SiteAware)]
+        return {layer for hook in aware for layer in hook.layers_named()}
 
     def __call__(self, x: Tensor, **context: Any) -> Tensor:
         return self._run(x, context, self._site)
@@ -259,7 +272,7 @@ class Hooks(SiteAware):
         return bool(self._hooks)
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self._key() == other._key()  # type: ignore[attr-defined]
+        return type(self) is type(other) and self._key() == other._key()
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -290,7 +303,9 @@ class Hooks(SiteAware):
     def tree_lines(self, indent: int = 0) -> list[str]:
         """This chain as indented lines of text, one a hook."""
         bound = f" bound to {self._bound}" if self._bound else ""
-        lines = ["  " * indent + f"{self.name}: {len(self._hooks)} hook{'s' * (len(self._hooks) != 1)}{bound}"]
+        lines = [
+            "  " * indent + f"{self.name}: {len(self._hooks)} hook{'s' * (len(self._hooks) != 1)}{bound}"
+        ]
         for entry in self._hooks:
             if isinstance(entry.fn, SiteAware):
                 lines += entry.fn.tree_lines(indent + 1)
@@ -337,6 +352,10 @@ def edited_in_place(x: Tensor, version: int) -> bool:
 
 def version_of(x: Tensor) -> int:
     """A tensor's in-place version; -1 for tensors that keep none (inside torch.func, inference tensors)."""
-    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x) or x.is_inference():
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+        or x.is_inference()
+    ):
         return -1
     return x._version

@@ -33,7 +33,9 @@ class AtLayers(ConditionalHooks):
     def __init__(self, layers: int | Sequence[int] | range) -> None:
         chosen = [layers] if isinstance(layers, int) else list(layers)
         if not chosen or any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in chosen):
-            raise HookError(f"AtLayers takes a layer or layers counted from 0 upwards, at least one; got {layers!r}")
+            raise HookError(
+                f"AtLayers takes a layer or layers counted from 0 upwards, at least one; got {layers!r}"
+            )
         self.layers = frozenset(chosen)
         super().__init__(self._holds, name="at layers " + ", ".join(map(str, sorted(self.layers))))
 
@@ -42,7 +44,9 @@ class AtLayers(ConditionalHooks):
 
     def _run(self, x: Tensor, context: dict[str, Any], site: Site) -> Tensor:
         if "layer" not in context:
-            raise HookError(f"{site.path or self.name}: AtLayers at a site that belongs to no layer; append its hooks plainly")
+            raise HookError(
+                f"{site.path or self.name}: AtLayers at a site that belongs to no layer; append its hooks plainly"
+            )
         return Hooks._run(self, x, context, site) if context["layer"] in self.layers else x
 
     def acts_at(self, layer: int | None) -> bool:
@@ -86,12 +90,16 @@ class _AtIndices(_AtPart):
         for axis in self.axes:
             if axis in site.axes:
                 return site.axes.index(axis)
-        raise HookError(f"{site.path} has no {' or '.join(self.axes)} axis: its axes are [{', '.join(site.axes)}]")
+        raise HookError(
+            f"{site.path} has no {' or '.join(self.axes)} axis: its axes are [{', '.join(site.axes)}]"
+        )
 
     def _run(self, x: Tensor, context: dict[str, Any], site: Site) -> Tensor:
         dim = self._dim(site)
         index = _resolve(self.indices, x.shape[dim], x.device, f"{site.path}: {self.name}")
-        result = self._run_on(x.index_select(dim, index), self._narrowed(context.get("run"), index), context, site)
+        result = self._run_on(
+            x.index_select(dim, index), self._narrowed(context.get("run"), index), context, site
+        )
         return x if result is None else x.index_copy(dim, index, result)
 
     def _narrowed(self, run: Run | None, index: Tensor) -> Run | None:
@@ -174,7 +182,9 @@ class AtPositions(_AtPart):
             high = ends.new_full(ends.shape, 2**62) if spec.stop is None else _from_end(spec.stop, ends)
             wanted = (at >= low) & (at < high)
             return wanted if spec.step in (None, 1) else wanted & ((at - low) % spec.step == 0)
-        given = spec.to(device) if isinstance(spec, Tensor) else torch.tensor(list(_listed(spec)), device=device)
+        given = (
+            spec.to(device) if isinstance(spec, Tensor) else torch.tensor(list(_listed(spec)), device=device)
+        )
         if isinstance(spec, Tensor) and spec.shape[0] != run.batch:
             raise HookError(f"{self.name}: positions for {spec.shape[0]} rows, but the batch has {run.batch}")
         given = given.reshape(run.batch, -1) if isinstance(spec, Tensor) else given.expand(run.batch, -1)
@@ -215,7 +225,13 @@ class AtSteps(_AtPart):
 
 
 def _run_on_columns(
-    hooks: AtPositions | AtSteps, x: Tensor, run: Run, wanted: Tensor, dim: int, context: dict[str, Any], site: Site
+    hooks: AtPositions | AtSteps,
+    x: Tensor,
+    run: Run,
+    wanted: Tensor,
+    dim: int,
+    context: dict[str, Any],
+    site: Site,
 ) -> Tensor:
     """Give `hooks` the wanted columns of each row, rows with equally many columns together, and write back."""
     counts = wanted.sum(-1)
@@ -257,7 +273,12 @@ def _listed(spec: int | tuple[int, ...]) -> tuple[int, ...]:
 
 def _shown(spec: Any) -> str:
     if isinstance(spec, slice):
-        return ":".join("" if part is None else str(part) for part in (spec.start, spec.stop, spec.step)).rstrip(":") or ":"
+        return (
+            ":".join("" if part is None else str(part) for part in (spec.start, spec.stop, spec.step)).rstrip(
+                ":"
+            )
+            or ":"
+        )
     if isinstance(spec, Tensor):
         return str(spec.tolist())
     return ", ".join(map(str, _listed(spec)))
@@ -271,7 +292,9 @@ def _resolve(spec: Any, size: int, device: torch.device, where: str) -> Tensor:
         chosen = spec.reshape(-1).tolist() if isinstance(spec, Tensor) else list(_listed(spec))
     wrong = [i for i in chosen if not -size <= i < size]
     if wrong or not chosen:
-        raise HookError(f"{where}: {wrong or 'nothing'} selected of an axis of length {size}; use 0 to {size - 1}")
+        raise HookError(
+            f"{where}: {wrong or 'nothing'} selected of an axis of length {size}; use 0 to {size - 1}"
+        )
     return torch.tensor([i % size for i in chosen], device=device)
 
 
@@ -286,4 +309,3 @@ def _absolute(spec: Any, end: int, total: int) -> list[int]:
 
 def _from_end(position: int, ends: Tensor) -> Tensor:
     return ends + position if position < 0 else torch.full_like(ends, position)
-

@@ -22,7 +22,7 @@ class _IdentityWithGradientHook(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, hook: Hooks, context: dict[str, Any], site: Site) -> Tensor:  # type: ignore[override]
+    def forward(x: Tensor, hook: Hooks, context: dict[str, Any], site: Site) -> Tensor:
         return x.clone()
 
     @staticmethod
@@ -30,12 +30,12 @@ class _IdentityWithGradientHook(torch.autograd.Function):
         _, ctx.hook, ctx.context, ctx.site = inputs
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         # A copy: autograd may hand the same tensor to another branch, and hooks may edit what they are given.
         return ctx.hook._run(gradient.clone(), ctx.context, ctx.site), None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         return tangent.clone()
 
 

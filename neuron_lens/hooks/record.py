@@ -55,7 +55,9 @@ class Recording(Mapping[Key, Tensor]):
         if (name, layer) not in self._kept:
             have = [f"{n}, layer {i}" if i is not None else n for n, i in self._kept]
             wanted = f"{name}, layer {layer}" if layer is not None else name
-            raise KeyError(f"nothing recorded for {wanted!r}; {did_you_mean(wanted, have) if have else 'no forward has run'}")
+            raise KeyError(
+                f"nothing recorded for {wanted!r}; {did_you_mean(wanted, have) if have else 'no forward has run'}"
+            )
         tensor, version = self._kept[name, layer]
         if version >= 0 and version_of(tensor) != version:
             raise HookError(

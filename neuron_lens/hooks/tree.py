@@ -41,7 +41,9 @@ class HookCollection:
         Raises HookError when the name is taken or is not an identifier.
         """
         if not name.isidentifier() or hasattr(self, name):
-            raise HookError(f"cannot add sub-hooks {name!r} to {self._path or 'the tree'}: not a free attribute name")
+            raise HookError(
+                f"cannot add sub-hooks {name!r} to {self._path or 'the tree'}: not a free attribute name"
+            )
         self._children[name] = child
         setattr(self, name, child)
         _set_path(child, f"{self._path}.{name}".lstrip("."))
@@ -52,7 +54,9 @@ class HookCollection:
         children = self.__dict__.get("_children", {})
         if name.startswith("__") or not children:
             raise AttributeError(name)
-        raise AttributeError(f"{self._path or 'the tree'} has no sub-hooks {name!r}; {did_you_mean(name, children)}")
+        raise AttributeError(
+            f"{self._path or 'the tree'} has no sub-hooks {name!r}; {did_you_mean(name, children)}"
+        )
 
     def chains(self) -> Iterator[tuple[str, Hooks]]:
         """Every leaf chain below with its path relative to this node, in computation order."""
@@ -88,7 +92,9 @@ class HookCollection:
             return found
         below = [name for name in known if name.startswith(path + ".")]
         if below:
-            raise HookError(f"{path!r} is not a chain but has chains below it: append to one of {', '.join(below[:6])}")
+            raise HookError(
+                f"{path!r} is not a chain but has chains below it: append to one of {', '.join(below[:6])}"
+            )
         raise HookError(f"no hook path matches {path!r}; {did_you_mean(path, known)}")
 
     @overload
@@ -190,7 +196,9 @@ class HookCollection:
             return NotImplemented
         mine, theirs = dict(self.chains()), dict(other.chains())
         if mine.keys() != theirs.keys():
-            raise HookError(f"cannot merge trees of different sites: {sorted(mine.keys() ^ theirs.keys())[:6]}")
+            raise HookError(
+                f"cannot merge trees of different sites: {sorted(mine.keys() ^ theirs.keys())[:6]}"
+            )
         merged = self._with_chains({path: mine[path]._merged(theirs[path]) for path in mine})
         return merged
 
@@ -206,14 +214,18 @@ class HookCollection:
                 new: HookCollection | Hooks = chains[name]
             else:
                 new = child._with_chains(
-                    {path.removeprefix(f"{name}."): c for path, c in chains.items() if path.startswith(f"{name}.")}
+                    {
+                        path.removeprefix(f"{name}."): c
+                        for path, c in chains.items()
+                        if path.startswith(f"{name}.")
+                    }
                 )
             fresh._children[name] = new
             fresh.__dict__[name] = new
         return fresh
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and dict(self.chains()) == dict(other.chains())  # type: ignore[attr-defined]
+        return type(self) is type(other) and dict(self.chains()) == dict(other.chains())
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -244,7 +256,9 @@ class FwdBwdHooks(HookCollection):
     bwd: WrapperHooks
     fwd2: Hooks
 
-    def __init__(self, axes: tuple[Axis, ...] | None = None, *, path: str = "", per_layer: bool = True) -> None:
+    def __init__(
+        self, axes: tuple[Axis, ...] | None = None, *, path: str = "", per_layer: bool = True
+    ) -> None:
         super().__init__()
         self.axes = axes
         self.per_layer = per_layer
@@ -274,7 +288,9 @@ class FwdBwdHooks(HookCollection):
         return bool(self.fwd._hooks or self.bwd._hooks or self.fwd2._hooks)
 
     def acts_at(self, layer: int | None) -> bool:
-        return self.has_any() and (self.fwd.acts_at(layer) or self.bwd.acts_at(layer) or self.fwd2.acts_at(layer))
+        return self.has_any() and (
+            self.fwd.acts_at(layer) or self.bwd.acts_at(layer) or self.fwd2.acts_at(layer)
+        )
 
     def __call__(self, x: Tensor, **context: Any) -> Tensor:
         if self.fwd._hooks:
@@ -311,5 +327,3 @@ def _any_site(path: str, sites: Iterable[str]) -> bool:
 
 def _same(chain: Hooks) -> Hooks:
     return chain._merged(Hooks())
-
-

@@ -25,6 +25,8 @@ class Attention(nn.Module):
     out [d_model, head · d_head].
     """
 
+    slopes: Tensor
+
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
@@ -37,7 +39,9 @@ class Attention(nn.Module):
             full = config.qk_norm == "full"
             per_head = config.qk_norm == "per_head"
             self.q_norm = Norm(config, query if full else config.d_head, config.n_heads if per_head else None)
-            self.k_norm = Norm(config, key_value if full else config.d_head, config.n_kv_heads if per_head else None)
+            self.k_norm = Norm(
+                config, key_value if full else config.d_head, config.n_kv_heads if per_head else None
+            )
         if config.attention_sinks:
             self.sinks = nn.Parameter(torch.zeros(config.n_heads))
         if config.position == "alibi":
@@ -45,7 +49,9 @@ class Attention(nn.Module):
         self.scale = config.scale(layer)
         self.window = config.window(layer)
 
-    def forward(self, q_in: Tensor, k_in: Tensor, v_in: Tensor, hooks: AttentionHooks, frame: Frame, **context: Any) -> Tensor:
+    def forward(
+        self, q_in: Tensor, k_in: Tensor, v_in: Tensor, hooks: AttentionHooks, frame: Frame, **context: Any
+    ) -> Tensor:
         """What attention adds to the stream, [batch, pos, d_model].
 
         q_in, k_in, v_in: the normalised stream [batch, pos, d_model] (one tensor, three times), or copies for each
@@ -71,7 +77,9 @@ class Attention(nn.Module):
             return added if self.out.bias is None else added + self.out.bias
         return self.out(v_out.flatten(2))
 
-    def explicit_mix(self, q: Tensor, k: Tensor, v: Tensor, hooks: AttentionHooks, frame: Frame, **context: Any) -> Tensor:
+    def explicit_mix(
+        self, q: Tensor, k: Tensor, v: Tensor, hooks: AttentionHooks, frame: Frame, **context: Any
+    ) -> Tensor:
         """Values mixed by the attention pattern, every step hooked. [batch, head, pos, d_head]"""
         groups = self.config.n_heads // self.config.n_kv_heads
         if groups > 1:
@@ -110,7 +118,9 @@ class Attention(nn.Module):
             mask, causal = self._alibi(frame).to(q.dtype).masked_fill(~allowed, -torch.inf), False
         elif not causal and not frame.masks.sees_everything(self.window):
             mask = frame.masks.allowed(self.window)
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=grouped
+        )
 
     def _project(self, x: Tensor, linear: nn.Linear) -> Tensor:
         """x through a projection, split into heads: [batch, pos, head, d_head]."""
@@ -118,13 +128,17 @@ class Attention(nn.Module):
         if x.dim() == 3:
             projected = linear(x).unflatten(-1, (heads, self.config.d_head))
         else:  # each head reads a copy of its own
-            projected = torch.einsum("bphd,hed->bphe", x, linear.weight.unflatten(0, (heads, self.config.d_head)))
+            projected = torch.einsum(
+                "bphd,hed->bphe", x, linear.weight.unflatten(0, (heads, self.config.d_head))
+            )
             if linear.bias is not None:
                 projected = projected + linear.bias.unflatten(0, (heads, self.config.d_head))
         clip = self.config.clip_qkv
         return projected if clip is None else projected.clamp(-clip, clip)
 
-    def _positioned(self, q: Tensor, k: Tensor, hooks: AttentionHooks, frame: Frame, **context: Any) -> tuple[Tensor, Tensor]:
+    def _positioned(
+        self, q: Tensor, k: Tensor, hooks: AttentionHooks, frame: Frame, **context: Any
+    ) -> tuple[Tensor, Tensor]:
         """Queries and keys after their norms and rotary positions."""
         if self.config.qk_norm == "full":
             q, k = self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)
@@ -142,7 +156,9 @@ class Attention(nn.Module):
     def _sink_column(self, logits: Tensor) -> Tensor:
         return self.sinks.float().reshape(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
 
-    def _factored_softmax(self, logits: Tensor, sinks: Tensor | None, hooks: AttentionHooks, **context: Any) -> Tensor:
+    def _factored_softmax(
+        self, logits: Tensor, sinks: Tensor | None, hooks: AttentionHooks, **context: Any
+    ) -> Tensor:
         """Softmax as numerator over a hooked denominator."""
         highest = logits.amax(-1, keepdim=True).detach()
         numerator = (logits - highest).exp()

@@ -58,7 +58,9 @@ class Block(nn.Module):
             entering = x = torso.post_attn(x, **context)
         read = torso.mlp_in(_own(entering, torso.mlp_in), **context)
         ln_mlp = self.ln_attn if self.config.shared_norm else self.ln_mlp
-        read = torso.post_ln_mlp(_own(_normed(ln_mlp, read, torso.ln_mlp, **context), torso.post_ln_mlp), **context)
+        read = torso.post_ln_mlp(
+            _own(_normed(ln_mlp, read, torso.ln_mlp, **context), torso.post_ln_mlp), **context
+        )
         added = self.mlp(read, hooks.mlp, **context)
         added = self._scaled(_normed(self.ln_mlp_out, added, torso.ln_mlp_out, **context))
         return torso.post_mlp(x + torso.delta_mlp(added, **context), **context)
@@ -66,7 +68,9 @@ class Block(nn.Module):
     def _scaled(self, added: Tensor) -> Tensor:
         return added if self.config.residual_scale == 1.0 else added * self.config.residual_scale
 
-    def _attention_inputs(self, x: Tensor, hooks: TransformerHooks, **context: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def _attention_inputs(
+        self, x: Tensor, hooks: TransformerHooks, **context: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """What queries, keys and values are made from: the normalised stream, or copies for each head if hooked."""
         torso, attn = hooks.resid.torso, hooks.attn
         sites = (torso.attn_in, attn.q_in, attn.k_in, attn.v_in)

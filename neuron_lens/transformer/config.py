@@ -24,7 +24,9 @@ class _Frozen(BaseModel):
             super().__init__(**fields)
         except ValidationError as error:
             problems = "; ".join(
-                f"{'.'.join(map(str, e['loc'])) or type(self).__name__}: {e['msg']} (given {e['input']!r})"[:300]
+                f"{'.'.join(map(str, e['loc'])) or type(self).__name__}: {e['msg']} (given {e['input']!r})"[
+                    :300
+                ]
                 for e in error.errors()
             )
             raise ConfigError(f"{type(self).__name__}: {problems}") from None
@@ -181,13 +183,17 @@ class TransformerConfig(_Frozen):
         if (self.position == "rotary") != (self.rotary is not None):
             problems.append(f"position {self.position!r} and rotary {self.rotary!r} contradict each other")
         if self.rotary is not None and (self.rotary.dims > self.d_head or self.rotary.dims % 2):
-            problems.append(f"rotary.dims ({self.rotary.dims}) must be even and at most d_head ({self.d_head})")
+            problems.append(
+                f"rotary.dims ({self.rotary.dims}) must be even and at most d_head ({self.d_head})"
+            )
         if (self.mlp == "experts") != (self.experts is not None):
             problems.append(f"mlp {self.mlp!r} and experts {self.experts!r} contradict each other")
         if self.mlp != "none" and self.d_mlp < 1:
             problems.append(f"mlp {self.mlp!r} needs d_mlp of at least 1, got {self.d_mlp}")
         if self.experts is not None and self.experts.n_used > self.experts.n_experts:
-            problems.append(f"experts.n_used ({self.experts.n_used}) exceeds experts.n_experts ({self.experts.n_experts})")
+            problems.append(
+                f"experts.n_used ({self.experts.n_used}) exceeds experts.n_experts ({self.experts.n_experts})"
+            )
         if self.windows and len(self.windows) != self.n_layers:
             problems.append(f"windows has {len(self.windows)} entries for {self.n_layers} layers")
         if self.shared_norm and not self.parallel:
@@ -222,13 +228,24 @@ class TransformerConfig(_Frozen):
         if self.position != "rotary":
             mark(f"positions are {self.position!r}, not rotary", "attn.rot_q", "attn.rot_k")
         if self.n_kv_heads != self.n_heads:
-            mark("several heads share keys and values: use attn.q_in, attn.k_in, attn.v_in", "resid.torso.attn_in")
+            mark(
+                "several heads share keys and values: use attn.q_in, attn.k_in, attn.v_in",
+                "resid.torso.attn_in",
+            )
         if self.parallel:
             mark("attention and MLP are parallel: nothing stands between them", "resid.torso.post_attn")
         if self.norm == "none" or self.norm_place == "post":
-            mark("no norm stands before the sublayers", *norm_sites("torso.ln_attn"), *norm_sites("torso.ln_mlp"))
+            mark(
+                "no norm stands before the sublayers",
+                *norm_sites("torso.ln_attn"),
+                *norm_sites("torso.ln_mlp"),
+            )
         if self.norm == "none" or self.norm_place == "pre":
-            mark("no norm stands after the sublayers", *norm_sites("torso.ln_attn_out"), *norm_sites("torso.ln_mlp_out"))
+            mark(
+                "no norm stands after the sublayers",
+                *norm_sites("torso.ln_attn_out"),
+                *norm_sites("torso.ln_mlp_out"),
+            )
         if self.norm == "none" or not self.final_norm:
             mark("the model has no final norm", *norm_sites("ln_f"))
         if self.mlp != "gated":

@@ -37,7 +37,12 @@ class Frame:
 
     @classmethod
     def make(
-        cls, config: TransformerConfig, run: Run, cache: KVCache | None, device: torch.device, dtype: torch.dtype
+        cls,
+        config: TransformerConfig,
+        run: Run,
+        cache: KVCache | None,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> Frame:
         """The frame of a pass over `run`'s columns, after what `cache` holds."""
         uniform = run.uniform
@@ -56,6 +61,8 @@ class Frame:
         if local not in self._rotary:
             assert self.config.rotary is not None, "asked for rotary tables of a model without"
             length = self.masks.key_positions.shape[1]
-            table = rotary_table(self.config.rotary, self.positions, local=local, length=length, dtype=self.dtype)
+            table = rotary_table(
+                self.config.rotary, self.positions, local=local, length=length, dtype=self.dtype
+            )
             self._rotary[local] = table
         return self._rotary[local]

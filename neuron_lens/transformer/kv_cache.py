@@ -71,7 +71,10 @@ class KVCache:
         """All keys and values at a layer with these new ones behind. keys, values: [batch, kv_head, pos, d_head]"""
         end = self.length + keys.shape[2]
         if self.frozen:
-            old_keys, old_values = self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]
+            old_keys, old_values = (
+                self.keys[layer][:, :, : self.length],
+                self.values[layer][:, :, : self.length],
+            )
             return torch.cat((old_keys, keys), 2), torch.cat((old_values, values), 2)
         self.keys[layer][:, :, self.length : end] = keys
         self.values[layer][:, :, self.length : end] = values
@@ -97,13 +100,24 @@ class KVCache:
             new_positions = (old.amax(-1, keepdim=True) + 1) + torch.arange(new, device=device)
         return torch.cat((old, new_positions), -1)
 
-    def repeat(self, rows: int) -> KVCache:
-        """A copy with every row repeated `rows` times, for continuing one prompt in several ways."""
+    def repeat(self, rows: int, *, room: int | None = None) -> KVCache:
+        """A copy with every row repeated `rows` times, for continuing one prompt in several ways.
+
+        room: columns there is space for after those already read; None keeps the capacity.
+        """
         other = object.__new__(KVCache)
         other.__dict__.update(self.__dict__)
-        other.keys = [keys.repeat_interleave(rows, 0) for keys in self.keys]
-        other.values = [values.repeat_interleave(rows, 0) for values in self.values]
+        other.capacity = self.capacity if room is None else self.length + room
+        other.keys = [self._repeated(keys, rows, other.capacity) for keys in self.keys]
+        other.values = [self._repeated(values, rows, other.capacity) for values in self.values]
         other.positions = None if self.positions is None else self.positions.repeat_interleave(rows, 0)
         other.batch = self.batch * rows
         other.frozen = False
         return other
+
+    def _repeated(self, kept: Tensor, rows: int, capacity: int) -> Tensor:
+        """kept [batch, kv_head, capacity, d_head] with rows repeated and a capacity of its own."""
+        batch, heads, _, d_head = kept.shape
+        fresh = kept.new_empty((batch * rows, heads, capacity, d_head))
+        fresh[:, :, : self.length] = kept[:, :, : self.length].repeat_interleave(rows, 0)
+        return fresh

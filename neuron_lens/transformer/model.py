@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,10 @@ from neuron_lens.transformer.frame import Frame
 from neuron_lens.transformer.functional import softcap
 from neuron_lens.transformer.kv_cache import KVCache
 from neuron_lens.transformer.norm import Norm
+
+if TYPE_CHECKING:
+    from neuron_lens.transformer.prompts import Prompts
+    from neuron_lens.transformer.sampling import GeneratedToken, Generation
 
 __all__ = ["Transformer"]
 
@@ -55,6 +60,18 @@ class Transformer(nn.Module):
 
         model: Transformer = load(name_or_path, **options)
         return model
+
+    def sample(self, prompts: Prompts, **options: Any) -> Generation | list[Generation]:
+        """Continue prompts: `neuron_lens.transformer.sampling.sample` of this model, with its options."""
+        from neuron_lens.transformer.sampling import sample  # sampling stands above the model
+
+        return sample(self, prompts, **options)
+
+    def stream(self, prompts: Prompts, **options: Any) -> Iterator[GeneratedToken]:
+        """Continue prompts, token by token: `neuron_lens.transformer.sampling.stream` of this model, with its options."""
+        from neuron_lens.transformer.sampling import stream
+
+        return stream(self, prompts, **options)
 
     def forward(
         self,
@@ -114,7 +131,9 @@ class Transformer(nn.Module):
             x = self.embed_norm(x)
         return hooks.resid.post_emb(x, run=run)
 
-    def _unembedded(self, x: Tensor, hooks: TransformerHooks, run: Run, logits_at: int | Tensor | slice | None) -> Tensor:
+    def _unembedded(
+        self, x: Tensor, hooks: TransformerHooks, run: Run, logits_at: int | Tensor | slice | None
+    ) -> Tensor:
         """The stream leaving the last block -> logits, at some columns."""
         if logits_at is not None:
             x, run = _at_columns(x, run, logits_at)
@@ -132,7 +151,13 @@ class Transformer(nn.Module):
         return Run(tokens.shape[0], tokens.shape[1], ids, pad, starts, config=self.config)
 
     def _checked(
-        self, tokens: Tensor, pad: Tensor | None, cache: KVCache | None, start: int, stop: int | None, run: Run | None
+        self,
+        tokens: Tensor,
+        pad: Tensor | None,
+        cache: KVCache | None,
+        start: int,
+        stop: int | None,
+        run: Run | None,
     ) -> int:
         """Refuse what cannot run; returns the block to stop before."""
         n_layers, config = self.config.n_layers, self.config
@@ -140,9 +165,13 @@ class Transformer(nn.Module):
             stop += n_layers
         end = n_layers if stop is None else stop
         if not 0 <= start <= end <= n_layers:
-            raise RequestError(f"start_at_layer {start} and stop_at_layer {stop} do not fit a model of {n_layers} layers")
+            raise RequestError(
+                f"start_at_layer {start} and stop_at_layer {stop} do not fit a model of {n_layers} layers"
+            )
         if start == 0 and (tokens.dim() != 2 or tokens.dtype not in (torch.long, torch.int)):
-            raise RequestError(f"tokens must be whole numbers [batch, pos]; got {tokens.dtype} {list(tokens.shape)}")
+            raise RequestError(
+                f"tokens must be whole numbers [batch, pos]; got {tokens.dtype} {list(tokens.shape)}"
+            )
         if start > 0 and (tokens.dim() != 3 or tokens.shape[-1] != config.d_model):
             raise RequestError(
                 f"start_at_layer={start} takes the residual stream [batch, pos, {config.d_model}]; got {list(tokens.shape)}"
@@ -150,7 +179,9 @@ class Transformer(nn.Module):
         if 0 in tokens.shape:
             raise RequestError(f"the prompt is empty: tokens have shape {list(tokens.shape)}")
         if pad is not None and (pad.shape != tokens.shape[:2] or pad.dtype != torch.bool):
-            raise RequestError(f"pad must be bool {list(tokens.shape[:2])}; got {pad.dtype} {list(pad.shape)}")
+            raise RequestError(
+                f"pad must be bool {list(tokens.shape[:2])}; got {pad.dtype} {list(pad.shape)}"
+            )
         if cache is not None:
             cache.check_room(tokens.shape[0], tokens.shape[1])
         if not torch.compiler.is_compiling():
@@ -169,7 +200,9 @@ class Transformer(nn.Module):
             named = site.fwd.layers_named() | site.bwd.layers_named() | site.fwd2.layers_named()
             beyond = sorted(layer for layer in named if layer >= self.config.n_layers)
             if beyond:
-                raise HookError(f"{site.path}: layers {beyond} do not exist: the model has {self.config.n_layers}, from 0")
+                raise HookError(
+                    f"{site.path}: layers {beyond} do not exist: the model has {self.config.n_layers}, from 0"
+                )
         return hooks
 
     def _initialise(self, seed: int) -> None:
@@ -200,7 +233,9 @@ def _at_columns(x: Tensor, run: Run, logits_at: int | Tensor | slice) -> tuple[T
     return x.gather(1, columns[:, :, None].expand(-1, -1, x.shape[-1])), run.select_columns(columns)
 
 
-def _check_values(tokens: Tensor, pad: Tensor | None, cache: KVCache | None, config: TransformerConfig) -> None:
+def _check_values(
+    tokens: Tensor, pad: Tensor | None, cache: KVCache | None, config: TransformerConfig
+) -> None:
     """Refuse ids outside the vocabulary, rows of nothing but padding, and sequences longer than the context."""
     if tokens.dim() == 2:
         low, high = torch.aminmax(tokens)
@@ -213,13 +248,16 @@ def _check_values(tokens: Tensor, pad: Tensor | None, cache: KVCache | None, con
         longest = int(real.max())
         if bool((real == 0).any()) and cache is None:
             raise RequestError(f"row {int((real == 0).nonzero()[0])} is nothing but padding")
-        gaps = (pad[:, 1:] != pad[:, :-1]).sum(-1)
-        if bool((gaps > 1).any()):
-            raise RequestError(f"padding must be on one side of a row; row {int((gaps > 1).nonzero()[0])} has it elsewhere")
+        # generation pads short prompts on the left and finished rows on the right; real tokens stand together
+        begun = (pad[:, :-1] & ~pad[:, 1:]).sum(-1) + (~pad[:, 0]).long()
+        if bool((begun > 1).any()):
+            raise RequestError(
+                f"padding must stand at the ends of a row; row {int((begun > 1).nonzero()[0])} has it elsewhere"
+            )
     if cache is not None:
         starts = cache.starts
         longest += int(starts.max()) if isinstance(starts, Tensor) else starts
     if longest > config.n_ctx and config.position == "learned":
-        raise RequestError(f"{longest} tokens exceed the model's context of {config.n_ctx}; shorten the prompt")
-
-
+        raise RequestError(
+            f"{longest} tokens exceed the model's context of {config.n_ctx}; shorten the prompt"
+        )

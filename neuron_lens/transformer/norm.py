@@ -46,10 +46,8 @@ class Norm(nn.Module):
                 return F.layer_norm(x, x.shape[-1:], weight, self.bias, self.eps)
             return F.rms_norm(x, x.shape[-1:], weight, self.eps)
         wide = x.float()
-        if self.center:
-            wide = F.layer_norm(wide, x.shape[-1:], eps=self.eps)
-        else:
-            wide = F.rms_norm(wide, x.shape[-1:], eps=self.eps)
+        normalize = F.layer_norm if self.center else F.rms_norm
+        wide = normalize(wide, x.shape[-1:], eps=self.eps)
         return self._scaled(wide).to(x.dtype)
 
     def explicit(self, x: Tensor, hooks: NormalizationHooks, **context: Any) -> Tensor:

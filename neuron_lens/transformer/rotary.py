@@ -41,7 +41,9 @@ def rotary_frequencies(config: RotaryConfig, *, local: bool, length: int) -> tup
     attention = scaling.attention_factor
     if attention is None:
         stretch = scaling.factor
-        attention = math.sqrt(1 + math.log(stretch) / math.log(scaling.original_context)) if stretch > 1 else 1.0
+        attention = (
+            math.sqrt(1 + math.log(stretch) / math.log(scaling.original_context)) if stretch > 1 else 1.0
+        )
     return frequencies / torch.tensor(factors), attention
 
 
@@ -54,7 +56,9 @@ def _llama3(frequencies: Tensor, scaling: RotaryScaling) -> Tensor:
         scaling.high_freq_factor - scaling.low_freq_factor
     )
     blended = (1 - share) * frequencies / scaling.factor + share * frequencies
-    return torch.where(wavelength > low, frequencies / scaling.factor, torch.where(wavelength < high, frequencies, blended))
+    return torch.where(
+        wavelength > low, frequencies / scaling.factor, torch.where(wavelength < high, frequencies, blended)
+    )
 
 
 def _yarn(frequencies: Tensor, scaling: RotaryScaling, base: float, dims: int) -> tuple[Tensor, float]:
@@ -74,7 +78,9 @@ def _yarn(frequencies: Tensor, scaling: RotaryScaling, base: float, dims: int) -
     return frequencies / scaling.factor * ramp + frequencies * (1 - ramp), attention
 
 
-def rotary_table(config: RotaryConfig, positions: Tensor, *, local: bool, length: int, dtype: torch.dtype) -> RotaryTable:
+def rotary_table(
+    config: RotaryConfig, positions: Tensor, *, local: bool, length: int, dtype: torch.dtype
+) -> RotaryTable:
     """The table for some absolute positions, [batch or 1, pos]; computed in float32."""
     frequencies, factor = rotary_frequencies(config, local=local, length=length)
     angles = positions[..., None].float() * frequencies.to(positions.device)

@@ -77,7 +77,9 @@ def test_without_error_the_output_is_the_reconstruction_and_error_is_observed(ac
 
 def test_encodes_once(activation) -> None:  # type: ignore[no-untyped-def]
     calls = []
-    ae = AutoencoderHooks(lambda x: calls.append(1) or activation(x @ ENCODER), lambda z: z @ DECODER, add_error=True)
+    ae = AutoencoderHooks(
+        lambda x: calls.append(1) or activation(x @ ENCODER), lambda z: z @ DECODER, add_error=True
+    )
     ae.latents.append_fwd(AtUnits(3).append(torch.zeros_like))
     ae(X)
     assert len(calls) == 1

@@ -71,8 +71,12 @@ def test_a_hook_that_only_reads_copies_nothing(combinator: Hooks, index: tuple) 
 def test_combinators_nest_in_any_order() -> None:
     x = torch.randn(2, 5, 4, 6)
     run = Run(2, 5)
-    first = AtLayers([3, 5]).append(AtPositions(-1).append(AtHeads(1).append(AtRows(0).append(torch.zeros_like))))
-    second = AtRows(0).append(AtHeads(1).append(AtPositions(-1).append(AtLayers([3, 5]).append(torch.zeros_like))))
+    first = AtLayers([3, 5]).append(
+        AtPositions(-1).append(AtHeads(1).append(AtRows(0).append(torch.zeros_like)))
+    )
+    second = AtRows(0).append(
+        AtHeads(1).append(AtPositions(-1).append(AtLayers([3, 5]).append(torch.zeros_like)))
+    )
     expected = x.clone()
     expected[0, -1, 1] = 0
     for chain in (first, second):
@@ -82,7 +86,9 @@ def test_combinators_nest_in_any_order() -> None:
 
 def test_when_and_a_site_without_the_axis() -> None:
     x = torch.ones(1, 2, 6)
-    hooks = TransformerHooks().append_to_path("resid.post_emb.fwd", When(lambda x, run: run.length == 2).append(torch.neg))
+    hooks = TransformerHooks().append_to_path(
+        "resid.post_emb.fwd", When(lambda x, run: run.length == 2).append(torch.neg)
+    )
     assert torch.equal(hooks.resid.post_emb(x, run=Run(1, 2)), -x)
     assert hooks.resid.post_emb(x, run=Run(1, 3)) is x
     wrong = TransformerHooks().append_to_path("resid.post_emb.fwd", AtHeads(0).append(torch.neg))
@@ -145,10 +151,14 @@ def test_positions_mean_the_same_in_a_padded_batch_as_in_the_row_alone(lengths, 
     for i, row in enumerate(rows):
         where = slice(width - len(row), None) if side == "left" else slice(0, len(row))
         batch[i, where], pad[i, where] = row, False
-    hooks = TransformerHooks().append_to_path(path, AtLayers([1]).append(AtPositions(position).append(lambda x: x * 0.5)))
+    hooks = TransformerHooks().append_to_path(
+        path, AtLayers([1]).append(AtPositions(position).append(lambda x: x * 0.5))
+    )
     together = model(batch, pad=pad, hooks=hooks)
     for i, row in enumerate(rows):
-        torch.testing.assert_close(together[i][~pad[i]], model(row[None], hooks=hooks)[0], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            together[i][~pad[i]], model(row[None], hooks=hooks)[0], atol=2e-5, rtol=1e-4
+        )
 
 
 def test_per_row_positions_pick_each_rows_own(model: Transformer, tokens: torch.Tensor) -> None:
@@ -160,8 +170,12 @@ def test_per_row_positions_pick_each_rows_own(model: Transformer, tokens: torch.
     assert zero.nonzero().tolist() == [[0, 2], [1, 9]]
 
 
-@pytest.mark.parametrize("chain", [AtPositions([1, 6]), AtPositions(-2), AtSteps([0, 2]), AtPositions(slice(3, 8))])
-def test_generation_hooks_mean_the_same_with_and_without_a_cache(chain: Hooks, model: Transformer, tokens: torch.Tensor) -> None:
+@pytest.mark.parametrize(
+    "chain", [AtPositions([1, 6]), AtPositions(-2), AtSteps([0, 2]), AtPositions(slice(3, 8))]
+)
+def test_generation_hooks_mean_the_same_with_and_without_a_cache(
+    chain: Hooks, model: Transformer, tokens: torch.Tensor
+) -> None:
     hooks = TransformerHooks().append_to_path(
         "resid.torso.post_mlp.fwd", AtLayers([0]).append(chain.append(lambda x: x * -1))
     )

@@ -11,7 +11,9 @@ from neuron_lens.hooks import AtLayers, AtPositions, FwdBwdHooks, TransformerHoo
 from neuron_lens.transformer import Transformer
 
 
-@pytest.mark.parametrize("path", ["resid.torso.post_attn", "mlp.post_act", "attn.q", "attn.qk_probs", "resid.torso.ln_mlp.scale"])
+@pytest.mark.parametrize(
+    "path", ["resid.torso.post_attn", "mlp.post_act", "attn.q", "attn.qk_probs", "resid.torso.ln_mlp.scale"]
+)
 def test_gradient_hooks_equal_autograd(path: str, model: Transformer, tokens: torch.Tensor) -> None:
     hooks = TransformerHooks()
     seen: dict[int, torch.Tensor] = {}
@@ -33,11 +35,17 @@ def test_replacing_a_gradient_changes_what_flows_on(model: Transformer, tokens: 
         return torch.autograd.grad(loss, kept[0])[0]
 
     plain = embedding_gradient(None)
-    doubled = TransformerHooks().append_to_path("resid.torso.post_mlp.bwd", AtLayers(2).append(lambda g: g * 2))
+    doubled = TransformerHooks().append_to_path(
+        "resid.torso.post_mlp.bwd", AtLayers(2).append(lambda g: g * 2)
+    )
     torch.testing.assert_close(embedding_gradient(doubled), plain * 2)
-    in_place = TransformerHooks().append_to_path("resid.torso.post_mlp.bwd", AtLayers(2).append(lambda g: g.mul_(2)))
+    in_place = TransformerHooks().append_to_path(
+        "resid.torso.post_mlp.bwd", AtLayers(2).append(lambda g: g.mul_(2))
+    )
     torch.testing.assert_close(embedding_gradient(in_place), plain * 2)
-    stopped = TransformerHooks().append_to_path("resid.torso.pre_attn.bwd", AtLayers(0).append(torch.zeros_like))
+    stopped = TransformerHooks().append_to_path(
+        "resid.torso.pre_attn.bwd", AtLayers(0).append(torch.zeros_like)
+    )
     assert not embedding_gradient(stopped).any()
 
 
@@ -49,7 +57,12 @@ def test_an_in_place_gradient_edit_leaves_other_branches_alone() -> None:
 
 
 def test_forward_hooks_may_edit_in_place_before_and_after_a_gradient_hook() -> None:
-    site = FwdBwdHooks().append_fwd(lambda x: x.mul_(2)).append_bwd(lambda g: None).append_fwd2(lambda x: x.add_(1))
+    site = (
+        FwdBwdHooks()
+        .append_fwd(lambda x: x.mul_(2))
+        .append_bwd(lambda g: None)
+        .append_fwd2(lambda x: x.add_(1))
+    )
     x = torch.ones(3, requires_grad=True)
     out = site(x * 1)
     out.sum().backward()
@@ -101,7 +114,8 @@ def test_a_wrong_gradient_names_the_site(model: Transformer, tokens: torch.Tenso
 def test_gradient_hooks_take_combinators(model: Transformer, tokens: torch.Tensor) -> None:
     seen = []
     hooks = TransformerHooks().append_to_path(
-        "resid.torso.post_attn.bwd", AtLayers(1).append(AtPositions(-1).append(lambda g: seen.append(g.shape)))
+        "resid.torso.post_attn.bwd",
+        AtLayers(1).append(AtPositions(-1).append(lambda g: seen.append(g.shape))),
     )
     model(tokens, hooks=hooks).sum().backward()
     assert seen == [(2, 1, 24)]

@@ -9,7 +9,15 @@ import torch
 from conftest import strong_model, tiny_config
 
 from neuron_lens.errors import HookError
-from neuron_lens.hooks import AtHeads, AtLayers, AtPositions, AtRows, AtUnits, AutoencoderHooks, TransformerHooks
+from neuron_lens.hooks import (
+    AtHeads,
+    AtLayers,
+    AtPositions,
+    AtRows,
+    AtUnits,
+    AutoencoderHooks,
+    TransformerHooks,
+)
 from neuron_lens.transformer import Transformer
 
 PER_HEAD_INPUTS = ("resid.torso.attn_in", "attn.q_in", "attn.k_in", "attn.v_in")
@@ -36,10 +44,13 @@ def test_every_declared_site_fires_with_its_declared_shape(model: Transformer, t
         "d_head": config.d_head, "d_model": config.d_model, "d_mlp": config.d_mlp, "d_vocab": config.d_vocab,
     }  # fmt: skip
     for group in (PER_HEAD_INPUTS, [p for p in present_sites(model) if p not in PER_HEAD_INPUTS]):
-        hooks, seen = TransformerHooks(), {}
+        hooks = TransformerHooks()
+        seen: dict[tuple[str, int | None], torch.Size] = {}
         for site in hooks.sites():
             if site.path in group:
-                site.append_fwd(lambda x, path=site.path, layer=None: seen.update({(path, layer): x.shape}))
+                site.append_fwd(
+                    lambda x, path=site.path, seen=seen, layer=None: seen.update({(path, layer): x.shape})
+                )
         model(tokens, hooks=hooks)
         for site in hooks.sites():
             if site.path in group:
@@ -47,7 +58,9 @@ def test_every_declared_site_fires_with_its_declared_shape(model: Transformer, t
                     assert seen[site.path, layer] == tuple(sizes[axis] for axis in site.axes), site.path
 
 
-@pytest.mark.parametrize("path", [p for p in present_sites(strong_model(tiny_config())) if not p.startswith("logits")])
+@pytest.mark.parametrize(
+    "path", [p for p in present_sites(strong_model(tiny_config())) if not p.startswith("logits")]
+)
 def test_every_site_matters(path: str, model: Transformer, tokens: torch.Tensor) -> None:
     """Stretching what stands at a site changes the logits: the site is on the way, not beside it."""
 
@@ -60,8 +73,12 @@ def test_every_site_matters(path: str, model: Transformer, tokens: torch.Tensor)
     assert moved > 1e-3
 
 
-@pytest.mark.parametrize("path", ["resid.torso.mlp_in", "resid.torso.post_ln_mlp", "resid.torso.post_ln_attn", "attn.q_in"])
-def test_in_place_edits_of_a_copy_leave_the_stream_alone(path: str, model: Transformer, tokens: torch.Tensor) -> None:
+@pytest.mark.parametrize(
+    "path", ["resid.torso.mlp_in", "resid.torso.post_ln_mlp", "resid.torso.post_ln_attn", "attn.q_in"]
+)
+def test_in_place_edits_of_a_copy_leave_the_stream_alone(
+    path: str, model: Transformer, tokens: torch.Tensor
+) -> None:
     in_place = TransformerHooks().append_to_path(f"{path}.fwd", lambda x: x.mul_(2))
     fresh = TransformerHooks().append_to_path(f"{path}.fwd", lambda x: x * 2)
     with torch.no_grad():
@@ -73,7 +90,9 @@ def test_in_place_edits_of_a_copy_leave_the_stream_alone(path: str, model: Trans
 
 def test_two_threads_with_different_trees_on_one_model(model: Transformer, tokens: torch.Tensor) -> None:
     def steered(by: float) -> TransformerHooks:
-        return TransformerHooks().append_to_path("resid.torso.post_mlp.fwd", AtLayers(1).append(lambda x: x + by))
+        return TransformerHooks().append_to_path(
+            "resid.torso.post_mlp.fwd", AtLayers(1).append(lambda x: x + by)
+        )
 
     wrong: list[int] = []
     with torch.no_grad():
@@ -122,23 +141,42 @@ def test_recorders_are_never_copied(model: Transformer, tokens: torch.Tensor) ->
             self.layers.append(layer)
 
     counter = Counter()
-    hooks = TransformerHooks().append_to_path("mlp.post_act.fwd", counter).append_to_path("attn.q.fwd", counter.method)
+    hooks = (
+        TransformerHooks()
+        .append_to_path("mlp.post_act.fwd", counter)
+        .append_to_path("attn.q.fwd", counter.method)
+    )
     model(tokens, hooks=hooks)
     model(tokens, hooks=hooks)
     assert sorted(counter.layers) == sorted([0, 1, 2] * 4)
 
 
-def test_only_the_hooked_layer_takes_the_explicit_path(model: Transformer, tokens: torch.Tensor, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_only_the_hooked_layer_takes_the_explicit_path(
+    model: Transformer, tokens: torch.Tensor, monkeypatch
+) -> None:  # type: ignore[no-untyped-def]
     explicit = []
     for block in model.blocks:
         original = block.attn.explicit_mix
-        monkeypatch.setattr(block.attn, "explicit_mix", lambda *a, o=original, b=block, **k: explicit.append(b.layer) or o(*a, **k))
-    model(tokens, hooks=TransformerHooks().append_to_path("attn.qk_probs.fwd", AtLayers(1).append(lambda x: None)))
+        monkeypatch.setattr(
+            block.attn,
+            "explicit_mix",
+            lambda *a, o=original, b=block, **k: explicit.append(b.layer) or o(*a, **k),
+        )
+    model(
+        tokens,
+        hooks=TransformerHooks().append_to_path("attn.qk_probs.fwd", AtLayers(1).append(lambda x: None)),
+    )
     assert explicit == [1]
 
 
-def test_hooking_head_inputs_and_their_norm_together_is_refused(model: Transformer, tokens: torch.Tensor) -> None:
-    hooks = TransformerHooks().append_to_path("attn.q_in.fwd", torch.neg).append_to_path("resid.torso.post_ln_attn.fwd", torch.neg)
+def test_hooking_head_inputs_and_their_norm_together_is_refused(
+    model: Transformer, tokens: torch.Tensor
+) -> None:
+    hooks = (
+        TransformerHooks()
+        .append_to_path("attn.q_in.fwd", torch.neg)
+        .append_to_path("resid.torso.post_ln_attn.fwd", torch.neg)
+    )
     with pytest.raises(HookError, match="cannot be hooked together"):
         model(tokens, hooks=hooks)
 
@@ -150,7 +188,9 @@ def edited_tree(vector: torch.Tensor) -> TransformerHooks:
     ae.latents.append_fwd(AtUnits(3).append(torch.zeros_like))
     return (
         TransformerHooks()
-        .append_to_path("resid.torso.post_mlp.fwd", AtLayers(1).append(AtPositions(-1).append(lambda x: x + vector)))
+        .append_to_path(
+            "resid.torso.post_mlp.fwd", AtLayers(1).append(AtPositions(-1).append(lambda x: x + vector))
+        )
         .append_to_path("attn.v_out.fwd", AtHeads(2).append(torch.zeros_like))
         .append_to_path("mlp.post_act.fwd", lambda x, layer: x * 2 if layer == 0 else None)
         .append_to_path("resid.torso.post_attn.fwd", AtLayers(0).append(ae))
@@ -170,7 +210,9 @@ def test_compiles_without_a_graph_break(backend: str, model: Transformer, tokens
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     hooks = edited_tree(torch.ones(24))
     with torch.no_grad():
-        torch.testing.assert_close(compiled(tokens, hooks=hooks), model(tokens, hooks=hooks), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            compiled(tokens, hooks=hooks), model(tokens, hooks=hooks), atol=1e-4, rtol=1e-4
+        )
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -223,4 +265,6 @@ def test_one_intervention_a_row_equals_one_forward_each(model: Transformer, toke
         ablation = AtLayers(1).append(AtHeads(head).append(torch.zeros_like))
         hooks.append_to_path("attn.v_out.fwd", AtRows(head).append(ablation))
         alone.append(model(row, hooks=TransformerHooks().append_to_path("attn.v_out.fwd", ablation))[0])
-    torch.testing.assert_close(model(row.expand(4, -1), hooks=hooks), torch.stack(alone), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model(row.expand(4, -1), hooks=hooks), torch.stack(alone), atol=1e-5, rtol=1e-5
+    )

@@ -33,9 +33,9 @@ class Times:
     __hash__ = None  # type: ignore[assignment]
 
 
-trees = st.lists(
-    st.tuples(st.sampled_from(PATHS), st.floats(0.5, 2), st.booleans()), max_size=5
-).map(lambda items: _tree(items))
+trees = st.lists(st.tuples(st.sampled_from(PATHS), st.floats(0.5, 2), st.booleans()), max_size=5).map(
+    lambda items: _tree(items)
+)
 
 
 def _tree(items: list[tuple[str, float, bool]]) -> TransformerHooks:
@@ -47,13 +47,23 @@ def _tree(items: list[tuple[str, float, bool]]) -> TransformerHooks:
 
 def test_paths_are_the_public_versioned_list() -> None:
     assert len(PATHS) == len(set(PATHS)) == 3 * len(list(TransformerHooks().sites()))
-    for path in ("mlp.post_act.fwd", "resid.torso.post_mlp.bwd", "attn.qk_probs.fwd2", "logits.fwd", "emb.tok.fwd"):
+    for path in (
+        "mlp.post_act.fwd",
+        "resid.torso.post_mlp.bwd",
+        "attn.qk_probs.fwd2",
+        "logits.fwd",
+        "emb.tok.fwd",
+    ):
         assert path in PATHS
 
 
 @pytest.mark.parametrize(
     ("path", "suggestion"),
-    [("mlp.post_atc.fwd", "mlp.post_act.fwd"), ("mlp.post_act", "mlp.post_act.fwd"), ("attn.*.forward", "no hook path matches")],
+    [
+        ("mlp.post_atc.fwd", "mlp.post_act.fwd"),
+        ("mlp.post_act", "mlp.post_act.fwd"),
+        ("attn.*.forward", "no hook path matches"),
+    ],
 )
 def test_a_wrong_path_is_an_error_with_suggestions(path: str, suggestion: str) -> None:
     with pytest.raises(HookError, match=re.escape(suggestion)):
@@ -84,7 +94,9 @@ def test_own_collections_nest_and_know_their_paths() -> None:
 
 
 @given(trees, trees, trees)
-def test_merging_associates_and_changes_neither(a: TransformerHooks, b: TransformerHooks, c: TransformerHooks) -> None:
+def test_merging_associates_and_changes_neither(
+    a: TransformerHooks, b: TransformerHooks, c: TransformerHooks
+) -> None:
     before = copy.deepcopy(a)
     assert (a | b) | c == a | (b | c)
     assert a == before
@@ -141,7 +153,9 @@ def test_record_keeps_what_was_asked(model: Transformer, tokens: torch.Tensor) -
     store = hooks.record(["resid.torso.post_mlp", "mlp.p*_act"], layers=[0, 2])
     at_end = hooks.record("resid.post_ln_f", positions=-1, dtype=torch.float64)
     model(tokens, hooks=hooks)
-    assert set(store) == {(f"{s}", i) for s in ("resid.torso.post_mlp", "mlp.pre_act", "mlp.post_act") for i in (0, 2)}
+    assert set(store) == {
+        (f"{s}", i) for s in ("resid.torso.post_mlp", "mlp.pre_act", "mlp.post_act") for i in (0, 2)
+    }
     assert torch.equal(store["resid.torso.post_mlp", 2], model(tokens, stop_at_layer=3))
     assert at_end["resid.post_ln_f"].shape == (2, 1, 24) and at_end["resid.post_ln_f"].dtype == torch.float64
     with pytest.raises(KeyError, match="layer 1"):
