@@ -1,0 +1,121 @@
+"""Attention knock-out: some queries may not look at some keys (Geva et al. 2023, arXiv 2304.14767)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import field_validator, model_validator
+from torch import Tensor
+
+from neuron_lens.errors import RequestError
+from neuron_lens.interventions.declared import Intervention
+from neuron_lens.interventions.places import At
+
+__all__ = ["AttentionKnockout"]
+
+
+class AttentionKnockout(Intervention):
+    """Cut attention from queries to keys; the causal mask stays as it is.
+
+    positions: the queries (rows of the pattern); None for all.
+    keys: the keys (columns of the pattern), absolute positions or counted from the end; None for all.
+    cells: pairs (query, key) instead of positions and keys.
+    keep_self: a query may always look at itself, whatever keys says.
+    when: "before" the softmax (what is left is renormalised by it), or "after" it.
+    renormalise: after the softmax, what is left is divided by its sum; False leaves it as it is.
+    """
+
+    kind: Literal["attention_knockout"] = "attention_knockout"
+    site: Literal["attn.qk_logits", "attn.qk_probs"] = "attn.qk_logits"
+    keys: tuple[int, ...] | None = None
+    cells: tuple[tuple[int, int], ...] | None = None
+    keep_self: bool = False
+    when: Literal["before", "after"] = "before"
+    renormalise: bool = True
+
+    def __init__(self, **fields: Any) -> None:
+        if "site" not in fields:
+            fields["site"] = "attn.qk_probs" if fields.get("when") == "after" else "attn.qk_logits"
+        super().__init__(**fields)
+
+    @field_validator("keys", mode="before")
+    @classmethod
+    def _one_key(cls, given: Any) -> Any:
+        return (given,) if isinstance(given, int) and not isinstance(given, bool) else given
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if (self.when == "after") != (self.site == "attn.qk_probs"):
+            raise ValueError(
+                "when='before' acts at attn.qk_logits and when='after' at attn.qk_probs; give one of them only"
+            )
+        if self.cells is not None and (self.keys is not None or self.positions is not None):
+            raise ValueError("give cells, or positions and keys")
+        if self.cells is not None and (
+            not self.cells or any(key > query >= 0 for query, key in self.cells if key >= 0)
+        ):
+            raise ValueError("cells are pairs (query, key) with the key not after the query, at least one")
+        if self.cells is None and self.keys is None and not self.keep_self:
+            raise ValueError("all keys of a query cannot be cut: name keys or cells, or set keep_self=True")
+        if self.when == "before" and not self.renormalise:
+            raise ValueError("the softmax renormalises: renormalise=False needs when='after'")
+        return self
+
+    def changed(self, x: Tensor, at: At) -> Tensor:
+        cut = self._cut(x, at)
+        if self.when == "before":
+            logits = x.masked_fill(cut, -torch.inf)
+            # a query with nothing left would give NaN: the first position always loses all when key 0 is cut
+            emptied = logits.isneginf().all(-1, keepdim=True) & ~x.isneginf().all(-1, keepdim=True)
+            if bool((emptied & self._meant(x, at)).any()):
+                raise RequestError(
+                    f"{self.label()}: a query is left with nothing to look at, and a softmax cannot give that; use "
+                    f"when='after', renormalise=False, keep_self=True, or leave out the first queries"
+                )
+            return torch.where(emptied, x, logits)
+        left = x.masked_fill(cut, 0.0)
+        if not self.renormalise:
+            return left
+        total = left.sum(-1, keepdim=True)
+        before = x.sum(-1, keepdim=True)
+        return torch.where(total > 0, left * (before / total.clamp_min(torch.finfo(x.dtype).tiny)), left)
+
+    def _cut(self, x: Tensor, at: At) -> Tensor:
+        """Which entries are cut, [pos, key_pos] bool, with padding [batch, 1, pos, key_pos]."""
+        query, key = self._positions(x, at)
+        if self.cells is not None:
+            cut = torch.zeros((), dtype=torch.bool, device=x.device)
+            for q, k in self.cells:
+                cut = cut | ((query == self._absolute(q, at)) & (key == self._absolute(k, at)))
+        elif self.keys is not None:
+            wanted = torch.tensor([self._absolute(k, at) for k in self.keys], device=x.device)
+            cut = torch.isin(key, wanted)
+        else:
+            cut = torch.ones((), dtype=torch.bool, device=x.device)
+        return cut & (query != key) if self.keep_self else cut
+
+    def _positions(self, x: Tensor, at: At) -> tuple[Tensor, Tensor]:
+        """Absolute positions of queries [.., pos, 1] and keys [.., 1, key_pos]."""
+        if at.positions is not None:
+            return at.positions[:, None, :, None], at.positions[:, None, None, :]
+        query = torch.arange(at.start, at.start + x.shape[-2], device=x.device)[:, None]
+        return query, torch.arange(x.shape[-1], device=x.device)[None, :]
+
+    def _meant(self, x: Tensor, at: At) -> Tensor:
+        """Queries that are meant, [.., pos, 1]: only for those is an emptied softmax an error."""
+        query, _ = self._positions(x, at)
+        if self.cells is not None:
+            named = [self._absolute(q, at) for q, _ in self.cells]
+        elif isinstance(self.positions, tuple):
+            named = [self._absolute(p, at) for p in self.positions]
+        else:
+            return query >= 0
+        return torch.isin(query, torch.tensor(named, device=x.device))
+
+    def _absolute(self, position: int, at: At) -> int:
+        if position >= 0:
+            return position
+        if at.ends is None:
+            raise RequestError(f"{self.label()}: negative keys need rows of equal length")
+        return position + at.ends

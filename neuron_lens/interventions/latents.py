@@ -1,0 +1,59 @@
+"""Edits of the latents of an autoencoder spliced into the model: its error is added back, so only the edit acts."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import field_validator
+from torch import Tensor
+
+from neuron_lens.errors import RequestError
+from neuron_lens.hooks import AtUnits, AutoencoderHooks
+from neuron_lens.interventions.declared import Intervention, as_tensor
+from neuron_lens.interventions.places import At
+from neuron_lens.interventions.tensors import TensorData
+
+__all__ = ["EditLatents"]
+
+
+class EditLatents(Intervention):
+    """Change some latents where an autoencoder reads: x + decode(edited) − decode(latents).
+
+    autoencoder: name under which `to_hooks(…, autoencoders={name: …})` finds it (anything with `encode` and `decode`).
+    latents: which latents; an edit of all of them is asked for as None.
+    operation: "set" to value, "scale" by it, "add" it, or "cap" at it (min of latent and value).
+    value: a number, or one for each of `latents`.
+    """
+
+    kind: Literal["edit_latents"] = "edit_latents"
+    autoencoder: str
+    latents: tuple[int, ...] | None = None
+    operation: Literal["set", "scale", "add", "cap"] = "set"
+    value: TensorData
+
+    @field_validator("latents", mode="before")
+    @classmethod
+    def _one_latent(cls, given: Any) -> Any:
+        return (given,) if isinstance(given, int) and not isinstance(given, bool) else given
+
+    def changed(self, x: Tensor, at: At) -> Tensor:
+        known = at.autoencoders or {}
+        if self.autoencoder not in known:
+            raise RequestError(
+                f"{self.label()}: no autoencoder is called {self.autoencoder!r}; pass autoencoders={{{self.autoencoder!r}: …}} "
+                f"(given: {', '.join(known) or 'none'})"
+            )
+        autoencoder = known[self.autoencoder]
+        splice = AutoencoderHooks(autoencoder.encode, autoencoder.decode, add_error=True)
+        where = self._edit if self.latents is None else AtUnits(self.latents).append(self._edit)
+        splice.append_to_path("latents.fwd", where)
+        flat: Tensor = splice(x.reshape(-1, *x.shape[-2:]))
+        return flat.view(x.shape)
+
+    def _edit(self, latents: Tensor) -> Tensor:
+        value = as_tensor(self.value, latents)
+        if self.operation == "set":
+            return value.expand_as(latents)
+        if self.operation == "scale":
+            return latents * value
+        return latents + value if self.operation == "add" else latents.minimum(value)
