@@ -31,9 +31,10 @@ def map_config(
     for key in definition.when:
         fields.take(key, None)
     mapped: dict[str, Any] = dict(definition.choices)
-    for target, rule in definition.config.items():
+    fields.known = mapped
+    # conversions that look around come last: they read what the others have mapped
+    for target, rule in sorted(definition.config.items(), key=lambda item: not item[1].names):
         try:
-            fields.known = mapped
             _put(mapped, target, _value(rule, fields))
         except MissingField as error:
             problems.append(f"the field {error} is missing")

@@ -20,6 +20,8 @@
     "wte.weight" = "embed.weight"
     "h.{layer}.attn.c_attn.weight" = ["transpose", "split(3)", "blocks.{layer}.attn.{q,k,v}.weight"]
     "h.{layer}.attn.bias" = ""              # dropped on purpose
+    "h.{layer}.{ln_1|ln_attn}.weight" = "blocks.{layer}.ln_attn.weight"             # goes by either name
+    "h.{layer}.experts.{expert}.up" = ["stack", "blocks.{layer}.mlp.up"]            # {expert} or {head}: one axis here
 
 Where a value can be absent, "" stands for JSON's null. A row of `[tensors]` that ends in several names needs a transform that makes as many tensors. Knows neither torch nor
 any model: the names of conversions and transforms are checked against closed sets, a wrong one is named with its line.
@@ -53,12 +55,15 @@ CONVERSIONS: dict[str, frozenset[str]] = {
     "activation": frozenset(),
     "inverse": frozenset(),
     "inverse_sqrt": frozenset(),
-    "sqrt": frozenset(),
     "or_four_d_model": frozenset(),
-    "cap": frozenset(),
-    "rotary": frozenset({"pairing", "base", "fraction", "dims", "local_base", "default_base"}),
-    "windows": frozenset({"size", "pattern", "from_layer", "enabled", "default"}),
-    "kv_heads": frozenset(),
+    "sqrt": frozenset(),
+    "rotary": frozenset(
+        {"base", "default_base", "fraction", "default_fraction", "dims", "pairing", "local_base"}
+        | {"default_local_base", "original_context"}
+    ),
+    "windows": frozenset(
+        {"size", "default", "types", "enabled", "from_layer", "full_every", "full_every_from"}
+    ),
 }
 TRANSFORMS: dict[str, tuple[int, int, int | str]] = {
     "transpose": (0, 0, 1),
@@ -74,9 +79,13 @@ _TOP_LEVEL = {
     "title", "architectures", "examples", "based_on", "prefixes", "ignored",
     "when", "expect", "choices", "config", "tensors",
 }  # fmt: skip
+# what a file does not take over from the one it is based on
+_OWN = {"title", "architectures", "examples", "when", "based_on"}
 _TRANSFORM = re.compile(r"(\w+)(?:\(([^()]*)\))?")
-_BRACES = re.compile(r"\{(\w+(?:,\w+)+)\}")
+_BRACES = re.compile(r"\{(\w+(?:,\w+)+)\}")  # {q,k,v}: several names
+_EITHER = re.compile(r"\{(\w+(?:\|\w+)+)\}")  # {a|b}: one name or the other
 _PLACEHOLDER = re.compile(r"\{(\w*)\}")
+_STACKED = {"expert", "head"}  # numbers that a checkpoint counts in names and we along an axis
 _MISSING = object()
 
 
@@ -125,14 +134,21 @@ class TensorRule:
 
     @cached_property
     def regex(self) -> re.Pattern[str]:
-        """Matches the checkpoint's names, with the groups `layer` and `expert`."""
-        escaped = re.escape(self.pattern).replace(r"\*", ".*")
-        return re.compile(re.sub(r"\\\{(layer|expert)\\\}", r"(?P<\1>\\d+)", escaped))
+        """Matches the checkpoint's names, with the groups `layer` and `item`."""
+        pattern = ""
+        for part in re.split(r"(\{[^{}]*\})", self.pattern):
+            if part == "{layer}":
+                pattern += r"(?P<layer>\d+)"
+            elif part[1:-1] in _STACKED:
+                pattern += r"(?P<item>\d+)"
+            else:
+                pattern += f"(?:{part[1:-1]})" if _EITHER.fullmatch(part) else re.escape(part)
+        return re.compile(pattern)
 
     @property
     def stacks(self) -> bool:
-        """Whether several tensors, one for each expert, become one."""
-        return "{expert}" in self.pattern
+        """Whether several tensors, one for each expert or head, become one."""
+        return any(transform.name == "stack" for transform in self.transforms)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +201,7 @@ def read_definition(path: Path, *, common_ignored: tuple[str, ...] = ()) -> Defi
             problems.append(f"{place}: {error}")
     problems += _twice(rules)
     fields: dict[str, FieldRule] = {}
-    for name, value in _flat(tables.get("config", {})).items():
+    for name, value in tables.get("config", {}).items():
         try:
             fields[name] = _field_rule(value)
         except ConfigError as error:
@@ -222,6 +238,7 @@ def _read_tables(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], di
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         # tomllib names the line, also for a key that stands twice
         raise ConfigError(f"the model definition {path} is no TOML: {error}") from error
+    own["config"] = _flat(own.get("config", {}))
     lines: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         if key := re.match(r'\s*(?:"([^"]+)"|([\w.]+))\s*=', line):
@@ -229,20 +246,29 @@ def _read_tables(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], di
     if "based_on" not in own:
         return own, lines
     base, base_lines = _read_tables(path.with_name(f"{own['based_on']}.toml"), (*seen, path))
-    merged = {
-        key: value for key, value in base.items() if key not in ("title", "architectures", "examples", "when")
+    merged = {key: value for key, value in base.items() if key not in _OWN}
+    # what a file chooses outright it no longer reads from a field, and the other way round
+    for ours, other in (("config", "choices"), ("choices", "config")):
+        merged[ours] = {k: v for k, v in base.get(ours, {}).items() if k not in own.get(other, {})}
+    filled = {target for row in own.get("tensors", {}).values() for target in _named_targets(row)}
+    merged["tensors"] = {
+        k: row for k, row in base["tensors"].items() if not filled & set(_named_targets(row))
     }
     for key, value in own.items():
         if key in ("choices", "config", "expect", "tensors"):
-            merged[key] = {**base.get(key, {}), **value}
+            merged[key] = {**merged.get(key, {}), **value}
         else:
             merged[key] = [*base.get(key, ()), *value] if key in ("ignored", "prefixes") else value
-    # what a file chooses outright, it no longer reads, and the other way round
-    for name in own.get("choices", {}):
-        merged.get("config", {}).pop(name, None)
-    for name in own.get("config", {}):
-        merged.get("choices", {}).pop(name, None)
     return merged, {**base_lines, **lines}
+
+
+def _named_targets(row: Any) -> list[str]:
+    """Ours that a row of [tensors] names: "attn.{q,k,v}" is three."""
+    target = row[-1] if isinstance(row, list) and row else row
+    if not isinstance(target, str) or not target:
+        return []
+    braces = _BRACES.search(target)
+    return [target.replace(braces[0], choice) for choice in braces[1].split(",")] if braces else [target]
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -261,9 +287,10 @@ def _field_rule(value: Any) -> FieldRule:
         value = {"from": value}
     if not isinstance(value, dict):
         raise ConfigError(f"{value!r} is no field of config.json; a fixed value belongs in [choices]")
-    rest = dict(value)
-    names = rest.pop("from", ())
-    default, convert = _or_none(rest.pop("default", _MISSING)), rest.pop("convert", None)
+    rest = {key: _or_none(given) for key, given in value.items()}
+    convert, names = rest.pop("convert", None), rest.pop("from", ())
+    # without a field of its own, a default is an option of the conversion
+    default = rest.pop("default", _MISSING) if names else _MISSING
     values = {key: _or_none(ours) for key, ours in rest.pop("values", {}).items()} or None
     if convert is not None and convert not in CONVERSIONS:
         raise ConfigError(f"unknown conversion {convert!r}: {did_you_mean(convert, CONVERSIONS)}")
@@ -277,7 +304,7 @@ def _field_rule(value: Any) -> FieldRule:
 
 
 def _or_none(value: Any) -> Any:
-    """TOML has no null; an empty text stands for it."""
+    """TOML has no null: an empty text stands for it."""
     return None if value == "" else value
 
 
@@ -291,10 +318,7 @@ def _tensor_rule(pattern: str, value: Any, place: str) -> TensorRule:
     if not target:
         return TensorRule(pattern=pattern, transforms=(), targets=(), place=place)
     transforms = tuple(_transform(step) for step in steps)
-    braces = _BRACES.search(target)
-    targets = (target,)
-    if braces:
-        targets = tuple(target.replace(braces[0], choice) for choice in braces[1].split(","))
+    targets = tuple(_named_targets(target))
     made = 1
     for transform in transforms:
         made *= transform.makes
@@ -303,13 +327,16 @@ def _tensor_rule(pattern: str, value: Any, place: str) -> TensorRule:
             f"{pattern!r}: {', '.join(steps) or 'no transform'} makes {made} tensors, named are {len(targets)}"
         )
     placeholders = set(_PLACEHOLDER.findall(pattern))
-    if unknown := sorted(placeholders - {"layer", "expert"}):
-        raise ConfigError(f"{pattern!r}: unknown placeholder {unknown}; known: {{layer}}, {{expert}}")
+    stacked = placeholders & _STACKED
+    if unknown := sorted(placeholders - _STACKED - {"layer"}):
+        raise ConfigError(
+            f"{pattern!r}: unknown placeholder {unknown}; known: {{layer}}, {{expert}}, {{head}}"
+        )
     for name in targets:
-        if set(_PLACEHOLDER.findall(name)) != placeholders - {"expert"}:
+        if set(_PLACEHOLDER.findall(name)) != placeholders - stacked:
             raise ConfigError(f"{pattern!r} -> {name!r}: {{layer}} must stand on both sides or on neither")
-    if ("expert" in placeholders) != any(transform.name == "stack" for transform in transforms):
-        raise ConfigError(f"{pattern!r}: {{expert}} and the transform 'stack' belong together")
+    if len(stacked) != sum(transform.name == "stack" for transform in transforms):
+        raise ConfigError(f"{pattern!r}: {{expert}} or {{head}} and the transform 'stack' belong together")
     return TensorRule(pattern=pattern, transforms=transforms, targets=targets, place=place)
 
 

@@ -54,10 +54,10 @@ def plan_filling(names: Iterable[str], definition: Definition, source: str) -> l
             target.replace("{layer}", str(int(numbers.get("layer", 0)))) for target in rule.targets
         )
         group = groups.setdefault(targets, {})
-        expert = int(numbers.get("expert", 0))
-        if expert in group or rules.setdefault(targets, rule) is not rule:
+        item = int(numbers.get("item", 0))
+        if item in group or rules.setdefault(targets, rule) is not rule:
             twice.append(f"{name} and {group[min(group)]} (both {targets[0]})")
-        group[expert] = name
+        group[item] = name
     problems = []
     if unmapped:
         problems.append(f"no row of model_defs/{definition.path.name} maps {_listed(unmapped)}")
@@ -65,11 +65,11 @@ def plan_filling(names: Iterable[str], definition: Definition, source: str) -> l
         problems.append(f"two tensors fill one parameter: {_listed(twice)}")
     for targets, group in groups.items():
         if rules[targets].stacks and sorted(group) != list(range(len(group))):
-            problems.append(f"experts are missing for {targets[0]}: there are {sorted(group)}")
+            problems.append(f"{targets[0]} lacks parts: of those counted from 0 there are {sorted(group)}")
     if problems:
         raise CheckpointError(f"{source} does not fit {definition.title}: " + "; ".join(problems))
     return [
-        Filling(rules[targets], tuple(group[expert] for expert in sorted(group)), targets)
+        Filling(rules[targets], tuple(group[item] for item in sorted(group)), targets)
         for targets, group in groups.items()
     ]
 
