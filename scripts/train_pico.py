@@ -8,7 +8,7 @@ Seeded and resumable: a checkpoint holds the weights, the optimisers and the ste
 (seed, step), so that an interrupted run equals an uninterrupted one up to the rounding of parallel sums.
 
 The hidden matrices are trained with Muon (Jordan et al., 2024), everything else with AdamW; the learning rate warms up,
-stays, and falls to zero over the last part of the run. A few rows of each batch repeat a passage, or random
+stays until step 700, and falls linearly to zero. A few rows of each batch repeat a passage, or random
 tokens, so that induction is worth learning on this small corpus; the model card says so.
 """
 
@@ -31,7 +31,7 @@ from neuron_lens.transformer import Transformer, TransformerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "model_defs" / "pico"
-CONTEXT, ROWS, WARMUP = 512, 12, 100
+CONTEXT, ROWS, WARMUP, STAY = 512, 12, 100, 700
 IGNORED = -100
 
 
@@ -66,9 +66,8 @@ def batch_at(step: int, seed: int, stream: np.ndarray) -> tuple[torch.Tensor, to
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Share of the peak: warm up, stay, and fall linearly over the last third."""
-    fall = steps // 3
-    return min((step + 1) / WARMUP, 1.0, (steps - step) / fall)
+    """Share of the peak: warm up, stay for a while, and fall linearly to nothing."""
+    return min((step + 1) / WARMUP, 1.0, (steps - step) / (steps - STAY))
 
 
 def make_optimisers(model: Transformer) -> list[torch.optim.Optimizer]:
@@ -197,7 +196,7 @@ def export(work: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--work", type=Path, default=ROOT / "runs" / "pico", help="folder of checkpoint and loss curve"

@@ -11,12 +11,28 @@ from torch import Tensor
 
 __all__ = ["ACTIVATIONS", "alibi_slopes", "clamped_swiglu", "softcap"]
 
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation (GPT-2)."""
+    return F.gelu(x, approximate="tanh")
+
+
+def gelu_quick(x: Tensor) -> Tensor:
+    """x · sigmoid(1.702 x)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """relu(x)² (Primer, arXiv 2109.08668)."""
+    return F.relu(x).square()
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_quick": lambda x: x * torch.sigmoid(1.702 * x),
+    "gelu_tanh": gelu_tanh,
+    "gelu_quick": gelu_quick,
     "relu": F.relu,
-    "relu_squared": lambda x: F.relu(x).square(),
+    "relu_squared": relu_squared,
     "silu": F.silu,
 }
 
