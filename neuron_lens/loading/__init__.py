@@ -7,5 +7,6 @@ from __future__ import annotations
 
 from neuron_lens.loading.load import load
 from neuron_lens.loading.registry import KnownModel, known_models
+from neuron_lens.loading.verify import Verification, verify
 
-__all__ = ["KnownModel", "known_models", "load"]
+__all__ = ["KnownModel", "Verification", "known_models", "load", "verify"]

@@ -60,9 +60,6 @@ class Frame:
         """The rotary table of this pass; `local` for layers with a window and a base of their own."""
         if local not in self._rotary:
             assert self.config.rotary is not None, "asked for rotary tables of a model without"
-            length = self.masks.key_positions.shape[1]
-            table = rotary_table(
-                self.config.rotary, self.positions, local=local, length=length, dtype=self.dtype
-            )
+            table = rotary_table(self.config.rotary, self.positions, local=local, dtype=self.dtype)
             self._rotary[local] = table
         return self._rotary[local]

@@ -20,11 +20,15 @@ class RotaryTable(NamedTuple):
     sin: Tensor
 
 
-def rotary_frequencies(config: RotaryConfig, *, local: bool, length: int) -> tuple[Tensor, float]:
-    """Radians per position of each pair [dims / 2], and the factor that cosines and sines are multiplied by.
+def rotary_frequencies(
+    config: RotaryConfig, *, local: bool, lengths: Tensor | None = None
+) -> tuple[Tensor, float]:
+    """Radians per position of each pair, and the factor that cosines and sines are multiplied by.
+
+    The frequencies are [dims / 2]; for LongRoPE, which changes its factors with the length, [row, 1, dims / 2].
 
     local: for layers with a window, which may have a base of their own and then are not scaled.
-    length: positions known so far; LongRoPE changes its factors with it.
+    lengths: positions read so far in each row [row]; only LongRoPE asks, and without them takes the short factors.
     """
     base = config.local_base if local and config.local_base is not None else config.base
     frequencies = 1.0 / base ** (torch.arange(0, config.dims, 2, dtype=torch.int64).float() / config.dims)
@@ -37,14 +41,17 @@ def rotary_frequencies(config: RotaryConfig, *, local: bool, length: int) -> tup
         return _llama3(frequencies, scaling), 1.0
     if scaling.kind == "yarn":
         return _yarn(frequencies, scaling, base, config.dims)
-    factors = scaling.long_factors if length > scaling.original_context else scaling.short_factors
+    factors = torch.tensor(scaling.short_factors)
+    if lengths is not None:
+        long = (lengths.cpu() > scaling.original_context)[:, None, None]
+        factors = torch.where(long, torch.tensor(scaling.long_factors), factors)
     attention = scaling.attention_factor
     if attention is None:
         stretch = scaling.factor
         attention = (
             math.sqrt(1 + math.log(stretch) / math.log(scaling.original_context)) if stretch > 1 else 1.0
         )
-    return frequencies / torch.tensor(factors), attention
+    return frequencies / factors, attention
 
 
 def _llama3(frequencies: Tensor, scaling: RotaryScaling) -> Tensor:
@@ -78,11 +85,12 @@ def _yarn(frequencies: Tensor, scaling: RotaryScaling, base: float, dims: int) -
     return frequencies / scaling.factor * ramp + frequencies * (1 - ramp), attention
 
 
-def rotary_table(
-    config: RotaryConfig, positions: Tensor, *, local: bool, length: int, dtype: torch.dtype
-) -> RotaryTable:
+def rotary_table(config: RotaryConfig, positions: Tensor, *, local: bool, dtype: torch.dtype) -> RotaryTable:
     """The table for some absolute positions, [batch or 1, pos]; computed in float32."""
-    frequencies, factor = rotary_frequencies(config, local=local, length=length)
+    lengths = None
+    if config.scaling is not None and config.scaling.kind == "longrope":
+        lengths = positions.amax(-1) + 1  # of each row, so that padding changes nothing
+    frequencies, factor = rotary_frequencies(config, local=local, lengths=lengths)
     angles = positions[..., None].float() * frequencies.to(positions.device)
     repeat = torch.cat if config.pairing == "halves" else _interleave
     full = repeat((angles, angles), -1)[:, :, None]
