@@ -18,6 +18,7 @@ from neuron_lens.explain.pipeline import Pipeline
 from neuron_lens.explain.result import RunResult, UnitResult
 from neuron_lens.harvest.corpus import Corpus, Document, WindowShape
 from neuron_lens.harvest.run import HarvestSettings, harvest_layers, model_inputs
+from neuron_lens.hooks import TransformerHooks
 from neuron_lens.records import Unit
 from neuron_lens.windows import SPLITS
 
@@ -93,9 +94,7 @@ def test_recorded_activations_reproduce(run: tuple[Path, RunResult]) -> None:
         ids = windows.columns["token"][row, : windows.context + windows.length]
         tokens, _, _ = model_inputs(model, [ids[ids >= 0]])
         caught: list[torch.Tensor] = []
-        from neuron_lens.hooks import TransformerHooks
-
-        model(tokens, hooks=TransformerHooks().append_to_path("mlp.post_act.fwd", lambda x: caught.append(x)))
+        model(tokens, hooks=TransformerHooks().append_to_path("mlp.post_act.fwd", caught.append))
         begin = int(windows.context_position[row])
         present = int(windows.present[row].sum())
         again = caught[0][0, begin : begin + present, planted.AFTER_DEF].detach().numpy()

@@ -1,0 +1,123 @@
+"""The command as a user meets it: a table and pages, or one clear line and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from explain import planted
+
+from neuron_lens.cli import main
+from neuron_lens.explain.result import RunResult
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """A corpus folder, and the planted model in place of a checkpoint."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number, document in enumerate(planted.corpus(12)):
+        (folder / f"{number:02}.txt").write_text(document.text)
+    return folder
+
+
+@pytest.fixture
+def planted_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    from neuron_lens.transformer import Transformer
+
+    monkeypatch.setattr(Transformer, "load", classmethod(lambda cls, name: planted.model()))
+
+
+@pytest.mark.usefixtures("planted_model")
+def test_a_run_prints_the_table_and_the_page(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert (
+        main(["explain", "planted", "--neurons", "0:2", "--corpus", str(texts), "--out", str(out), "--quiet"])
+        == 0
+    )
+    printed = capsys.readouterr().out
+    assert "Fires strongly on the token ' self'" in printed and "another" in printed and "shuffled" in printed
+    page = out / "units" / "layer0_neuron0" / "index.html"
+    assert str(page) in printed and page.is_file() and (out / "index.html").is_file()
+    assert len(RunResult.read(out / "run.json").units) == 2
+
+
+@pytest.mark.usefixtures("planted_model")
+def test_all_and_lists_and_defaults(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--corpus", str(texts), "--out", str(tmp_path / "out"), "--quiet", "--no-pages"]
+    for choice, count in (
+        (["--neuron", "3"], 1),
+        (["--neurons", "1,3,1"], 2),
+        ([], 4),
+        (["--all", "--layer", "0"], 4),
+    ):
+        assert main(["explain", "planted", *choice, *common]) == 0
+        assert len(RunResult.read(tmp_path / "out" / "run.json").units) >= count
+    assert not list((tmp_path / "out").rglob("*.html"))
+
+
+@pytest.mark.usefixtures("planted_model")
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--layer", "9"], "layer 9 does not exist"),
+        (["--layer", "-1"], "--layer is counted from 0"),
+        (["--neuron", "400"], "neuron 400 does not exist"),
+        (["--neuron", "-2"], "counted from 0"),
+        (["--neurons", "3:1"], "names no neuron"),
+        (["--neurons", "many"], "expected a range"),
+        (["--corpus", "no/such/file.py"], "no file, folder or pattern"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], complaint: str
+) -> None:
+    out = tmp_path / "deep" / "out"
+    corpus = [] if "--corpus" in arguments else ["--corpus", str(texts)]
+    assert main(["explain", "planted", *arguments, *corpus, "--out", str(out), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert complaint in error and error.count("\n") == 1 and error.startswith("neuron-lens: error: ")
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.usefixtures("planted_model")
+def test_an_empty_corpus_and_an_unwritable_folder(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "blank.txt").write_text("\n")
+    assert (
+        main(["explain", "planted", "--corpus", str(tmp_path / "empty"), "--out", str(tmp_path / "out")]) == 2
+    )
+    assert "is empty" in capsys.readouterr().err
+    (tmp_path / "file").write_text("in the way")
+    assert main(["explain", "planted", "--corpus", str(texts), "--out", str(tmp_path / "file")]) == 2
+    assert "cannot write" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "in the way" and not (tmp_path / "out").exists()
+
+
+def test_an_unknown_model(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    missing = str(tmp_path / "no-such-model")
+    assert main(["explain", missing, "--corpus", str(texts), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "no-such-model" in error and error.count("\n") == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["explain", "--help"], ["--version"]])
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom neuron_lens.cli import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'pandas', 'matplotlib', 'jinja2', 'pydantic'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
