@@ -59,8 +59,8 @@ class TokenWindow(Record):
     """A stretch of one document, as tokens, with the unit's activation at each.
 
     All per-token fields have one entry a token. `tokens` are the tokens' texts (bytes that are not whole
-    characters appear as U+FFFD), `annotations` maps the name of an annotation (such as "lexical_class") to its
-    value at every token.
+    characters appear as U+FFFD), `annotations` maps the name of an annotation (such as "lexical_class") to
+    its value at every token.
     """
 
     document: str  # the path or name of the document
@@ -94,7 +94,7 @@ class TokenWindow(Record):
 
 
 class Histogram(Record):
-    """Counts between edges: `edges` has one more entry than `counts`; the outer bins hold what lies outside."""
+    """Counts between edges (one more edge than counts); the outer bins also hold what lies outside."""
 
     edges: tuple[float, ...]
     counts: tuple[NonNegativeInt, ...]
@@ -111,9 +111,9 @@ class Histogram(Record):
 class UnitStatistics(Record):
     """Figures over every token of the corpus, not only over kept windows.
 
-    `variance` is that of the population; `skewness` and `kurtosis` are the third and fourth standardised moments
-    (kurtosis of a normal distribution: 3), `None` for a constant unit. `density` is the share of tokens
-    whose activation is above `firing_threshold`.
+    `variance` is that of the population; `skewness` and `kurtosis` are the third and fourth standardised
+    moments (kurtosis of a normal distribution: 3), `None` for a constant unit. `density` is the share of
+    tokens whose activation is above `firing_threshold`.
     """
 
     n_tokens: NonNegativeInt

@@ -78,8 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _pipeline(arguments: argparse.Namespace, corpus: Corpus, out: Path) -> Pipeline:
     from neuron_lens.explain.pipeline import Pipeline
-    from neuron_lens.harvest.corpus import WindowShape
-    from neuron_lens.harvest.run import HarvestSettings
+    from neuron_lens.harvest.run import HarvestSettings, fitting_shape
     from neuron_lens.transformer import Transformer
 
     model = Transformer.load(arguments.model)
@@ -88,7 +87,7 @@ def _pipeline(arguments: argparse.Namespace, corpus: Corpus, out: Path) -> Pipel
         corpus=corpus,
         folder=out,
         name=Path(arguments.model).name,
-        settings=HarvestSettings(shape=WindowShape.fitting(model.config.n_ctx), seed=arguments.seed),
+        settings=HarvestSettings(shape=fitting_shape(model), seed=arguments.seed),
         pages=not arguments.no_pages,
         progress=not arguments.quiet,
     )

@@ -70,14 +70,13 @@ class Pipeline:
     _layers: dict[int, _LayerWork] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        from neuron_lens.harvest.corpus import WindowShape
-        from neuron_lens.harvest.run import HarvestSettings, model_fingerprint
+        from neuron_lens.harvest.run import HarvestSettings, fitting_shape, model_fingerprint
 
         config = self.model.config
         if config.mlp == "none" or not hasattr(self.model.blocks[0].mlp, "down"):
             raise RequestError(f"this model's layers have no neurons to explain (its MLP is {config.mlp!r})")
         self.folder = Path(self.folder)
-        self._settings = self.settings or HarvestSettings(shape=WindowShape.fitting(config.n_ctx))
+        self._settings = self.settings or HarvestSettings(shape=fitting_shape(self.model))
         self.model_facts = ModelFacts(
             name=self.name or config.name or "model",
             n_layers=config.n_layers,

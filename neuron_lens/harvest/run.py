@@ -28,7 +28,7 @@ from neuron_lens.windows import SPLITS
 if TYPE_CHECKING:
     from neuron_lens.transformer import Transformer
 
-__all__ = ["HarvestSettings", "harvest_layers", "model_fingerprint", "model_inputs"]
+__all__ = ["HarvestSettings", "fitting_shape", "harvest_layers", "model_fingerprint", "model_inputs"]
 
 MINIMUM_WINDOWS = 2  # in every part
 
@@ -90,7 +90,7 @@ def harvest_layers(
 
     Raises RequestError for layers that do not exist, a model without a tokenizer, or a corpus without tokens.
     """
-    settings = settings or HarvestSettings(shape=WindowShape.fitting(model.config.n_ctx))
+    settings = settings or HarvestSettings(shape=fitting_shape(model))
     fingerprint = fingerprint or model_fingerprint(model)
     wanted = sorted(set(layers))
     if not wanted or wanted[0] < 0 or wanted[-1] >= model.config.n_layers:
@@ -126,14 +126,24 @@ def model_fingerprint(model: Transformer) -> str:
     return digest.hexdigest()
 
 
+def fitting_shape(model: Transformer) -> WindowShape:
+    """The default shape of windows for a model's context, with room for a beginning-of-sequence token."""
+    return WindowShape.fitting(model.config.n_ctx - (_bos_id(model) is not None))
+
+
+def _bos_id(model: Transformer) -> int | None:
+    """The token every text begins with, or None for models that were not trained so."""
+    tokenizer = model.tokenizer
+    return tokenizer.bos_id if tokenizer is not None and tokenizer.adds_bos else None
+
+
 def model_inputs(model: Transformer, rows: Sequence[np.ndarray[Any, Any]]) -> tuple[Tensor, Tensor, int]:
     """Rows of ids as the model reads them: tokens and padding `[batch, pos]`, and where the rows' own
     tokens begin.
 
     Models whose tokenizer starts texts with a beginning-of-sequence token get one before every row.
     """
-    tokenizer = model.tokenizer
-    bos = tokenizer.bos_id if tokenizer is not None and getattr(tokenizer, "adds_bos", False) else None
+    bos = _bos_id(model)
     first = 0 if bos is None else 1
     longest = max(len(row) for row in rows)
     tokens = torch.zeros(len(rows), first + longest, dtype=torch.long)
