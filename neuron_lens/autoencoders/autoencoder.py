@@ -115,7 +115,7 @@ class Autoencoder(nn.Module):
             acts = self._activate(h)
             return acts if index is None else acts[..., index]
         h, _ = self._pre_activations_and_state(x, index)
-        return self.activation(h, index)  # type: ignore[no-any-return]
+        return self.activation(h, index)
 
     def encode_with_state(self, x: Tensor) -> tuple[Tensor, DecodeState]:
         """Latents [..., d_latent], and what `decode` must know of x."""
@@ -238,7 +238,7 @@ class Autoencoder(nn.Module):
     def _activate(self, h: Tensor) -> Tensor:
         if isinstance(self.activation, RankedActivation):
             return self._select(h).to_dense(self.config.d_latent)
-        return self.activation(h)  # type: ignore[no-any-return]
+        return self.activation(h)
 
     def _unscaled(self, latents: Tensor | SparseLatents) -> Tensor | SparseLatents:
         """Latents in the unit of W_dec's own rows."""

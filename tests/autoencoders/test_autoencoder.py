@@ -306,3 +306,22 @@ def test_sparse_latents_pass_through_transforms() -> None:
     latents, _ = torch.func.vmap(autoencoder.encode_sparse)(normal(3, 2, 5))
     assert isinstance(latents, SparseLatents)
     assert latents.values.shape == (3, 2, 2)
+
+
+def test_abs_topk_ranks_by_magnitude_and_keeps_signs() -> None:
+    activation = make("abs_topk").activation
+    activation.k = 1
+    assert activation(torch.tensor([[1.0, -3.0, 2.0]])).tolist() == [[0.0, -3.0, 0.0]]
+
+
+@pytest.mark.parametrize(("decoder_norm", "latents"), [("select_only", 1.0), ("scale_latents", 10.0)])
+def test_ranking_by_decoder_norm_by_hand(decoder_norm: str, latents: float) -> None:
+    """h = (1, 2), decoder rows of length 10 and 1: latent 0 wins, 10 to 2, and writes its row once either way."""
+    config = AutoencoderConfig(d_in=2, d_latent=2, activation="topk", k=1, decoder_norm=decoder_norm)
+    autoencoder = Autoencoder(config)
+    with torch.no_grad():
+        autoencoder.W_enc.copy_(torch.eye(2))
+        autoencoder.W_dec.copy_(torch.tensor([[6.0, 8.0], [0.0, 1.0]]))
+    x = torch.tensor([[1.0, 2.0]])
+    assert autoencoder.encode(x).tolist() == [[latents, 0.0]]
+    torch.testing.assert_close(autoencoder(x), torch.tensor([[6.0, 8.0]]))
