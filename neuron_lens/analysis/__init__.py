@@ -1,0 +1,1 @@
+"""Reading what was recorded: decompositions of the stream, attribution to logits, composition of heads."""

@@ -1,0 +1,136 @@
+"""The mapping half of ActivationCache: full names, short names, devices, batches."""
+
+from __future__ import annotations
+
+from collections.abc import ItemsView, Iterator, KeysView, ValuesView
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from neuron_lens.cache import Slice, SliceInput
+from neuron_lens.errors import RequestError, did_you_mean
+from neuron_lens.faces.hooked_transformer.act_name import get_act_name
+
+if TYPE_CHECKING:
+    from neuron_lens.faces.hooked_transformer.forward import ForwardPass
+
+__all__ = ["CacheMapping", "NotCachedError"]
+
+CacheKey = str | tuple[Any, ...]
+
+
+class NotCachedError(RequestError, KeyError):
+    """An activation is asked for that the cache does not hold."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class CacheMapping:
+    """Activations by name.
+
+    `cache["blocks.3.attn.hook_k"]`, `cache["k", 3]`, `cache["k3"]`, `cache["scale", 3, "ln1"]`; layers count from the
+    end when negative.
+    """
+
+    def __init__(self, cache_dict: dict[str, Tensor], model: ForwardPass, has_batch_dim: bool = True) -> None:
+        self.cache_dict, self.model, self.has_batch_dim = cache_dict, model, has_batch_dim
+        self.has_embed = "hook_embed" in cache_dict
+        self.has_pos_embed = "hook_pos_embed" in cache_dict
+        # relative error of the last decomposition that could be checked against the stream
+        self.residual_error: float | None = None
+
+    def __getitem__(self, key: CacheKey) -> Tensor:
+        name = self.full_name(key)
+        if name not in self.cache_dict:
+            hint = did_you_mean(name, self.cache_dict) if self.cache_dict else "it holds nothing"
+            raise NotCachedError(
+                f"the cache of {len(self.cache_dict)} activations has no {name!r}; {hint}"
+                + (
+                    ""
+                    if name not in self.model.hook_dict
+                    else "; was it made with a names_filter that leaves it out?"
+                )
+            )
+        return self.cache_dict[name]
+
+    def full_name(self, key: CacheKey) -> str:
+        """The full name a key stands for."""
+        if isinstance(key, str):
+            return key if key in self.cache_dict else get_act_name(key)
+        name, layer, *rest = (*key, None) if len(key) == 1 else key
+        if isinstance(layer, int) and layer < 0:
+            layer += self.model.cfg.n_layers
+        if isinstance(layer, int) and not 0 <= layer < self.model.cfg.n_layers:
+            raise NotCachedError(f"layer {key[1]} does not fit a model of {self.model.cfg.n_layers} layers")
+        return get_act_name(name, layer, *rest)
+
+    def need(self, names: list[str], what: str) -> None:
+        """Raise NotCachedError naming all that is missing for something."""
+        missing = [name for name in names if name not in self.cache_dict]
+        if missing:
+            more = f" and {len(missing) - 6} more" if len(missing) > 6 else ""
+            raise NotCachedError(
+                f"{what} needs activations this cache does not hold: {', '.join(missing[:6])}{more}; make it without a "
+                "names_filter, or with one that takes these in"
+            )
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str | tuple) and self.full_name(key) in self.cache_dict
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.cache_dict)
+
+    def __len__(self) -> int:
+        return len(self.cache_dict)
+
+    def keys(self) -> KeysView[str]:
+        """Full names."""
+        return self.cache_dict.keys()
+
+    def values(self) -> ValuesView[Tensor]:
+        """Activations."""
+        return self.cache_dict.values()
+
+    def items(self) -> ItemsView[str, Tensor]:
+        """Pairs of full name and activation."""
+        return self.cache_dict.items()
+
+    def to(self, device: torch.device | str, move_model: bool = False) -> Self:
+        """A cache with all tensors on a device; this one stays as it is."""
+        if move_model:
+            self.model.to(device)
+        return self._like({name: tensor.to(device) for name, tensor in self.items()}, self.has_batch_dim)
+
+    def toggle_autodiff(self, mode: bool = False) -> None:
+        """Switch gradients for the whole process; prefer `torch.no_grad()` around what needs it."""
+        torch.set_grad_enabled(mode)
+
+    def remove_batch_dim(self, batch_size: int | None = None) -> Self:
+        """Drop the batch dimension of a cache of one sequence, in place. Returns self."""
+        if not self.has_batch_dim:
+            return self
+        wrong = next((name for name, tensor in self.items() if tensor.shape[0] != 1), None)
+        if wrong is not None:
+            rows = self.cache_dict[wrong].shape[0]
+            raise RequestError(
+                f"cannot remove the batch dimension: {wrong} has {rows} rows; slice one with apply_slice_to_batch_dim"
+            )
+        self.cache_dict = {name: tensor[0] for name, tensor in self.items()}
+        self.has_batch_dim = False
+        return self
+
+    def apply_slice_to_batch_dim(self, batch_slice: SliceInput) -> Self:
+        """A cache of some batch rows; an int drops the batch dimension."""
+        chosen = Slice(batch_slice)
+        if not self.has_batch_dim:
+            raise RequestError("this cache has no batch dimension to slice")
+        kept = {name: chosen.apply(tensor, dim=0) for name, tensor in self.items()}
+        return self._like(kept, has_batch_dim=chosen.mode != "int")
+
+    def _like(self, cache_dict: dict[str, Tensor], has_batch_dim: bool) -> Self:
+        return type(self)(cache_dict, self.model, has_batch_dim)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} of {len(self)} activations"

@@ -1,0 +1,148 @@
+"""The module tree of a HookedTransformer: the engine, and hook points and weight views in the classic places."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from neuron_lens.errors import RequestError
+from neuron_lens.faces.hooked_transformer.config import HookedTransformerConfig
+from neuron_lens.faces.hooked_transformer.hook_point import HookPoint
+from neuron_lens.faces.hooked_transformer.names import PointPlace, absent_names, block_places, end_places
+from neuron_lens.faces.hooked_transformer.root_module import HookedRootModule
+from neuron_lens.faces.hooked_transformer.state_names import ENGINE, to_classic_state, to_engine_state
+from neuron_lens.faces.hooked_transformer.weight_views import Embed, Norm, PosEmbed, TransformerBlock, Unembed
+from neuron_lens.transformer import Transformer
+
+__all__ = ["EngineModule"]
+
+
+class EngineModule(HookedRootModule):
+    """Hook points and weight views over an engine.
+
+    `parameters()` are the engine's; `state_dict()` has the classic names and layouts.
+    """
+
+    engine: Transformer
+    cfg: HookedTransformerConfig
+    blocks: Any  # an nn.ModuleList of TransformerBlock; torch types its entries too broadly
+
+    def _build(self, engine: Transformer, cfg: HookedTransformerConfig) -> None:
+        self.engine, self.cfg = engine, cfg
+        self._places: dict[str, PointPlace] = {}
+        if cfg.use_hook_tokens:
+            self.hook_tokens = HookPoint()
+        config = engine.config
+        self.embed = Embed(engine, "")
+        self.hook_embed = HookPoint()
+        if config.position == "learned":
+            self.pos_embed = PosEmbed(engine, "")
+            self.hook_pos_embed = HookPoint()
+        rows = [block_places(config, layer) for layer in range(config.n_layers)]
+        self.blocks = nn.ModuleList(
+            TransformerBlock(engine, layer, [place.name for place in places])
+            for layer, places in enumerate(rows)
+        )
+        if engine.ln_f is not None:
+            self.ln_final = Norm(engine, "ln_f", ["hook_scale", "hook_normalized"])
+        self.unembed = Unembed(engine, "", ["hook_in", "hook_out"])
+        for layer, places in enumerate(rows):
+            self._places |= {f"blocks.{layer}.{place.name}": place for place in places}
+        self._places |= {place.name: place for place in end_places(config)}
+        self.setup()
+        for name, place in self._places.items():
+            self.hook_dict[name].axes = place.axes
+        if cfg.use_hook_tokens:
+            self.hook_tokens.axes = ("batch", "pos")
+        self.register_state_dict_post_hook(to_classic_state)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(to_engine_state)  # type: ignore[no-untyped-call]
+
+    def _hookable_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        for name, module in super()._hookable_modules():
+            if name != "engine" and not name.startswith(ENGINE):
+                yield name, module
+
+    def _closed_names(self) -> Iterable[str]:
+        flags = {
+            place.flag for place in self._places.values() if place.flag and not getattr(self.cfg, place.flag)
+        }
+        return [name for name, place in self._places.items() if place.flag in flags]
+
+    def _absent_names(self) -> dict[str, str]:
+        return absent_names(self.engine.config)
+
+    @property
+    def ln1_is_folded(self) -> bool:
+        """Whether the norms before linear maps have weight 1 and bias 0 because they were folded."""
+        return (self.cfg.normalization_type or "").endswith("Pre")
+
+    def set_use_attn_result(self, use_attn_result: bool) -> None:
+        """Whether full caches hold `attn.hook_result`. A hook on it works either way."""
+        self.cfg.use_attn_result = use_attn_result
+
+    def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
+        """Whether full caches hold the per-head inputs of queries, keys and values. Hooks on them work either way."""
+        if use_split_qkv_input and self.cfg.use_attn_in:
+            raise RequestError(
+                "use_split_qkv_input and use_attn_in exclude each other: set_use_attn_in(False) first"
+            )
+        self.cfg.use_split_qkv_input = use_split_qkv_input
+
+    def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
+        """Whether full caches hold `hook_mlp_in`. A hook on it works either way."""
+        self.cfg.use_hook_mlp_in = use_hook_mlp_in
+
+    def set_use_attn_in(self, use_attn_in: bool) -> None:
+        """Whether full caches hold `hook_attn_in`. A hook on it works either way."""
+        if use_attn_in and self.cfg.use_split_qkv_input:
+            raise RequestError(
+                "use_attn_in and use_split_qkv_input exclude each other: set_use_split_qkv_input(False) first"
+            )
+        if use_attn_in and self.engine.config.n_kv_heads != self.engine.config.n_heads:
+            raise RequestError(
+                "several heads share keys and values here: use set_use_split_qkv_input instead of attn_in"
+            )
+        self.cfg.use_attn_in = use_attn_in
+
+    def set_ungroup_grouped_query_attention(self, ungroup_grouped_query_attention: bool) -> None:
+        """Only False: keys and values keep one entry for each shared head."""
+        if ungroup_grouped_query_attention and self.engine.config.n_kv_heads != self.engine.config.n_heads:
+            raise RequestError(
+                "keys and values are shared between heads and cannot be hooked one head at a time; hook "
+                "hook_k_input and hook_v_input, or hook_pattern and hook_z, which have an entry for each head"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.engine.embed.weight.device
+
+    def to(self, *args: Any, print_details: bool = True, **kwargs: Any) -> Self:
+        """As `nn.Module.to`; keeps `cfg.device` and `cfg.dtype` true. print_details: accepted, prints nothing."""
+        moved: Self = super().to(*args, **kwargs)
+        self.cfg.device, self.cfg.dtype = str(self.device), self.engine.embed.weight.dtype
+        return moved
+
+    def cuda(self, device: int | torch.device | None = None) -> Self:
+        """Move to a CUDA device."""
+        return self.to(
+            torch.device("cuda")
+            if device is None
+            else torch.device("cuda", device)
+            if isinstance(device, int)
+            else device
+        )
+
+    def cpu(self) -> Self:
+        """Move to the CPU."""
+        return self.to("cpu")
+
+    def mps(self) -> Self:
+        """Move to Apple's GPU."""
+        return self.to("mps")
+
+    def _tokens_hooked(self, tokens: Tensor) -> Tensor:
+        return self.hook_tokens(tokens) if self.cfg.use_hook_tokens else tokens
