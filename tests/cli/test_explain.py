@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from explain import planted
+from safetensors.numpy import load_file, save_file
 
 from neuron_lens.cli import main
 from neuron_lens.explain.result import RunResult
+from neuron_lens.files.model_defs import model_defs_dir
 
 
 @pytest.fixture
@@ -108,6 +112,36 @@ def test_an_unknown_model(texts: Path, tmp_path: Path, capsys: pytest.CaptureFix
     error = capsys.readouterr().err
     assert "no-such-model" in error and error.count("\n") == 1
     assert not out.exists()
+
+
+def _truncated(weights: Path) -> None:
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def _without_a_tensor(weights: Path) -> None:
+    tensors = load_file(weights)
+    tensors.pop(next(name for name in tensors if "mlp.c_fc.weight" in name))
+    save_file(tensors, weights)
+
+
+def _of_a_wrong_shape(weights: Path) -> None:
+    tensors = load_file(weights)
+    name = next(name for name in tensors if "mlp.c_fc.weight" in name)
+    tensors[name] = tensors[name][:, :-1].copy()
+    save_file(tensors, weights)
+
+
+@pytest.mark.parametrize("spoil", [_truncated, _without_a_tensor, _of_a_wrong_shape])
+def test_a_corrupt_checkpoint(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], None]
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model_defs_dir() / "pico", broken)
+    spoil(broken / "model.safetensors")
+    assert main(["explain", str(broken), "--corpus", str(texts), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("neuron-lens: error: ") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["explain", "--help"], ["--version"]])
