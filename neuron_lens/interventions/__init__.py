@@ -1,11 +1,12 @@
 """Interventions as data, sweeps over them, patching and attribution.
 
-Reading order: tensors, places, declared, kinds, apply, store, runs.
+Reading order: tensors, places, declared, kinds, apply, store, runs; metrics, grid, sweep_plan, sweep_run, sweep.
 """
 
 from neuron_lens.interventions.apply import capture, mean_activations, to_hooks
 from neuron_lens.interventions.attention_knockout import AttentionKnockout
 from neuron_lens.interventions.declared import Intervention
+from neuron_lens.interventions.grid import Grid, grid
 from neuron_lens.interventions.kinds import (
     Add,
     Clamp,
@@ -20,9 +21,21 @@ from neuron_lens.interventions.kinds import (
     frozen_sites,
 )
 from neuron_lens.interventions.latents import EditLatents
+from neuron_lens.interventions.metrics import (
+    CrossEntropy,
+    KLDivergence,
+    LogitDifference,
+    Metric,
+    OfLogits,
+    TokenLogit,
+    TokenProbability,
+    TokenRank,
+)
 from neuron_lens.interventions.places import PerRow, Span, TokenText
 from neuron_lens.interventions.runs import RecordedRun, Replay, record, replay
 from neuron_lens.interventions.store import load_interventions, save_interventions
+from neuron_lens.interventions.sweep import sweep
+from neuron_lens.interventions.sweep_result import SweepResult
 from neuron_lens.interventions.tensors import Activations, TensorData
 
 __all__ = [
@@ -30,10 +43,16 @@ __all__ = [
     "Add",
     "AttentionKnockout",
     "Clamp",
+    "CrossEntropy",
     "EditLatents",
     "Freeze",
+    "Grid",
     "Intervention",
+    "KLDivergence",
+    "LogitDifference",
     "MeanAblate",
+    "Metric",
+    "OfLogits",
     "Patch",
     "PerRow",
     "ProjectOut",
@@ -43,15 +62,21 @@ __all__ = [
     "Scale",
     "Set",
     "Span",
+    "SweepResult",
     "TensorData",
+    "TokenLogit",
+    "TokenProbability",
+    "TokenRank",
     "TokenText",
     "Zero",
     "capture",
     "frozen_sites",
+    "grid",
     "load_interventions",
     "mean_activations",
     "record",
     "replay",
     "save_interventions",
+    "sweep",
     "to_hooks",
 ]

@@ -161,7 +161,22 @@ def part_mask(intervention: Intervention, site: Site, run: Run, x: Tensor) -> Te
             chosen = _chosen(indices, x.shape[dim], x.device, str(axes[dim]))
             chosen = chosen.view([-1 if i == dim else 1 for i in range(len(axes))])
             mask = chosen if mask is None else mask & chosen
+    if intervention.keys is not None and intervention.selects_keys():
+        chosen = _key_mask(intervention, run, x)
+        mask = chosen if mask is None else mask & chosen
     return mask
+
+
+def _key_mask(intervention: Intervention, run: Run, x: Tensor) -> Tensor:
+    """Which keys of a pattern [batch, head, pos, key_pos] are meant; broadcasts to it."""
+    ends = run.ends()
+    if not isinstance(ends, int) or not run.uniform:
+        raise RequestError(f"{intervention.label()}: keys need rows of equal length, without padding")
+    assert intervention.keys is not None, "asked only when keys are named"
+    wanted = torch.tensor([k + ends if k < 0 else k for k in intervention.keys], device=x.device)
+    if bool(((wanted < 0) | (wanted >= x.shape[-1])).any()):
+        raise RequestError(f"{intervention.label()}: there are only {x.shape[-1]} keys, counted from 0")
+    return torch.isin(torch.arange(x.shape[-1], device=x.device), wanted)
 
 
 def _chosen(indices: tuple[int, ...], size: int, device: torch.device, what: str) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 from torch import Tensor
 
 from neuron_lens.errors import RequestError
@@ -28,7 +28,6 @@ class AttentionKnockout(Intervention):
 
     kind: Literal["attention_knockout"] = "attention_knockout"
     site: Literal["attn.qk_logits", "attn.qk_probs"] = "attn.qk_logits"
-    keys: tuple[int, ...] | None = None
     cells: tuple[tuple[int, int], ...] | None = None
     keep_self: bool = False
     when: Literal["before", "after"] = "before"
@@ -38,11 +37,6 @@ class AttentionKnockout(Intervention):
         if "site" not in fields:
             fields["site"] = "attn.qk_probs" if fields.get("when") == "after" else "attn.qk_logits"
         super().__init__(**fields)
-
-    @field_validator("keys", mode="before")
-    @classmethod
-    def _one_key(cls, given: Any) -> Any:
-        return (given,) if isinstance(given, int) and not isinstance(given, bool) else given
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
@@ -61,6 +55,12 @@ class AttentionKnockout(Intervention):
         if self.when == "before" and not self.renormalise:
             raise ValueError("the softmax renormalises: renormalise=False needs when='after'")
         return self
+
+    def selects_keys(self) -> bool:
+        return False
+
+    def depends_on_place(self) -> bool:
+        return True
 
     def changed(self, x: Tensor, at: At) -> Tensor:
         cut = self._cut(x, at)

@@ -58,6 +58,7 @@ class Intervention(Frozen):
         positions: which positions (at patterns: which queries); None for all. An int, a list, a slice or `Span`, a text or
             `TokenText`, or `PerRow` (also a long tensor [batch] or [batch, k]). Negative ones count from the end of the prompt.
         heads: which heads (kv heads where the site has only those); None for all.
+        keys: which keys, at attention patterns; absolute positions, or counted from the end. None for all.
         units: which entries of the last axis: neurons, latents, directions; None for all.
         rows: which rows of the batch; None for all.
         steps: which generation steps (0 is the prompt); None for all.
@@ -68,11 +69,12 @@ class Intervention(Frozen):
     layers: tuple[int, ...] | None = None
     positions: Positions | None = None
     heads: tuple[int, ...] | None = None
+    keys: tuple[int, ...] | None = None
     units: tuple[int, ...] | None = None
     rows: tuple[int, ...] | None = None
     steps: tuple[int, ...] | None = None
 
-    @field_validator("layers", "heads", "units", "rows", "steps", mode="before")
+    @field_validator("layers", "heads", "keys", "units", "rows", "steps", mode="before")
     @classmethod
     def _as_tuple(cls, given: Any) -> Any:
         if isinstance(given, int) and not isinstance(given, bool):
@@ -84,6 +86,13 @@ class Intervention(Frozen):
     def _not_empty(cls, given: tuple[int, ...] | None) -> tuple[int, ...] | None:
         if given is not None and (not given or min(given) < 0):
             raise ValueError("whole numbers from 0 upwards, at least one; leave it out for all")
+        return given
+
+    @field_validator("keys")
+    @classmethod
+    def _some_keys(cls, given: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if given == ():
+            raise ValueError("no key is named; leave keys out for all")
         return given
 
     @field_validator("positions", mode="before")
@@ -107,6 +116,8 @@ class Intervention(Frozen):
                 raise ValueError(f"{path} belongs to no layer; leave layers out")
             if self.heads is not None and not set(axes) & set(HEAD_AXES):
                 raise ValueError(f"{path} has no heads: its axes are [{', '.join(axes)}]")
+            if self.keys is not None and "key_pos" not in axes:
+                raise ValueError(f"{path} has no keys: its axes are [{', '.join(axes)}]")
             if self.units is not None and axes[-1] not in UNIT_AXES:
                 raise ValueError(f"{path} has no units: its last axis is {axes[-1]}")
         return self
@@ -122,6 +133,14 @@ class Intervention(Frozen):
     def looks_back_to(self, length: int) -> int | None:
         """The earliest other position whose activation `changed` reads in the same run; None when it reads none."""
         return None
+
+    def selects_keys(self) -> bool:
+        """Whether only the named keys change; otherwise `changed` sees to the keys itself."""
+        return self.keys is not None
+
+    def depends_on_place(self) -> bool:
+        """Whether `changed` reads the place fields, so that two places cannot share one call."""
+        return False
 
     def layers_in(self, config: TransformerConfig, path: str) -> tuple[int | None, ...]:
         """The layers this acts at in a model; (None,) at sites outside the blocks."""
@@ -167,13 +186,14 @@ class Intervention(Frozen):
         for given, size, axis in zip(reversed(value.shape), reversed(sizes), reversed(axes), strict=False):
             if size is not None and given not in (1, size):
                 raise RequestError(
-                    f"{self.label()}: {name} {list(value.shape)} does not fit {path} [{', '.join(axes)}]: {axis} is {size}, not {given}"
+                    f"{self.label()}: {name} {list(value.shape)} does not fit {path} [{', '.join(axes)}]: "
+                    f"{axis} is {size}, not {given}"
                 )
 
     def label(self) -> str:
         """A short name for tables and messages: `patch attn.v_out layers 3 heads 5`."""
         parts = [self.kind, self.site]
-        for name in ("layers", "positions", "heads", "units", "rows", "steps"):
+        for name in ("layers", "positions", "heads", "keys", "units", "rows", "steps"):
             value = getattr(self, name)
             if value is not None:
                 parts.append(f"{name} {','.join(map(str, value)) if isinstance(value, tuple) else value}")

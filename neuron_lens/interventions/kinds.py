@@ -196,6 +196,9 @@ class Patch(Sourced):
     def source_place(self, path: str, layer: int | None) -> tuple[str, int | None]:
         return self.source_site or path, layer if self.source_layer is None else self.source_layer
 
+    def depends_on_place(self) -> bool:
+        return self.source_positions is not None and len(self.source_positions) > 1
+
     def looks_back_to(self, length: int) -> int | None:
         if self.source is not None or self.source_positions is None:
             return None
@@ -273,8 +276,8 @@ class ResampleAblate(Sourced):
         rows = x.shape[at.dim("batch")]
         source = self.source[at.site.path, at.layer]
         drawn = torch.randint(source.shape[0], (rows,), generator=torch.Generator().manual_seed(self.seed))
-        chosen = type(self)(
-            **{**dict(self), "source": {(at.site.path, at.layer): source[drawn.to(source.device)]}}
+        chosen = self.model_copy(
+            update={"source": Activations({(at.site.path, at.layer): source[drawn.to(source.device)]})}
         )
         return chosen.aligned(x, at, (at.site.path, at.layer))
 

@@ -320,14 +320,14 @@ def test_what_does_not_fit_is_refused(fields: dict, message: str) -> None:
 
 def test_sources_that_do_not_fit_are_refused() -> None:
     model, tokens = tiny_model(), prompts()
-    with pytest.raises(RequestError, match="no activation 'resid.torso.pre_attn, layer 2'"):
+    with pytest.raises(RequestError, match=r"no activation 'resid\.torso\.pre_attn, layer 2'"):
         to_hooks(Patch(site=STREAM, layers=2, source=capture(model, tokens, STREAM, layers=1)), model)
     with pytest.raises(RequestError, match="does not fit"):
         to_hooks(
             Patch(site=STREAM, source=capture(model, tokens, "mlp.post_act"), source_site="mlp.post_act"),
             model,
         )
-    with pytest.raises(RequestError, match="value .* does not fit"):
+    with pytest.raises(RequestError, match=r"value .* does not fit"):
         to_hooks(Set(site=STREAM, value=torch.ones(5)), model)
     with pytest.raises(RequestError, match="3 rows and the run 2"):
         model(tokens, hooks=to_hooks(Patch(site=STREAM, source=capture(model, prompts(3), STREAM)), model))
@@ -350,7 +350,7 @@ def test_damaged_files_are_refused(tmp_path) -> None:
         load_interventions(path)
     path.write_text(text)
     (tmp_path / "one.safetensors").unlink()
-    with pytest.raises(RequestError, match="is not in one.safetensors"):
+    with pytest.raises(RequestError, match=r"is not in one\.safetensors"):
         load_interventions(path)
     path.write_text("{")
     with pytest.raises(RequestError, match="cannot be read as JSON"):
