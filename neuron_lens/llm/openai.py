@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import ssl
 import urllib.parse
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -161,9 +162,21 @@ class OpenAIBackend(AttemptingBackend):
             self._loop = loop
             self._slots = asyncio.Semaphore(self.concurrency)
             self._client = openai.AsyncOpenAI(
-                api_key=self._api_key or "none", base_url=self.base_url, max_retries=0, timeout=self.timeout
+                api_key=self._api_key or "none",
+                base_url=self.base_url,
+                max_retries=0,
+                http_client=openai.DefaultAsyncHttpxClient(timeout=self.timeout, verify=self._certificates()),
             )
         return self._client
+
+    def _certificates(self) -> ssl.SSLContext | bool:
+        """How servers are verified: as the client does by itself, and not at all where there is no TLS.
+
+        Reading the system's certificates takes a good part of a second, in each run. A plain address redirected to
+        one with TLS is refused, not trusted: this context knows no authority.
+        """
+        plain = self.base_url.startswith("http://")
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if plain else True
 
     def _chat_body(self, request: Request) -> dict[str, Any]:
         body: dict[str, Any] = {

@@ -57,9 +57,14 @@ class StructuredRequest(Generic[T]):
         """The JSON schema of `shape`."""
         return self._adapter.json_schema()
 
-    def read(self, text: str) -> T:
-        """The one value of type `shape` in a model's text. Raises ValueError, in words for the model, without one."""
+    def read(self, text: str, *, cut_off: bool = False) -> T:
+        """The one value of type `shape` in a model's text, which may be `cut_off` at its longest.
+
+        Raises ValueError, in words for the model, when there is none.
+        """
         values = json_values(text)
+        if cut_off and not isinstance(values[0] if values else None, dict | list):
+            values = []  # a bare number or word may be the beginning of a longer one
         if not values:
             raise ValueError("it holds no complete JSON value")
         fitting: list[T] = []
@@ -95,7 +100,7 @@ async def complete_structured(backend: Backend, asked: StructuredRequest[T]) -> 
         if isinstance(answer, Missing) and answer.kind == "refused":
             return answer
         try:
-            return asked.read(response.text)
+            return asked.read(response.text, cut_off=response.finish_reason == "length")
         except ValueError as error:
             problem = str(error)
         if response.finish_reason == "length":
@@ -135,7 +140,7 @@ _BROKEN = object()
 def _decoded(text: str) -> Any:
     try:
         return _DECODER.decode(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return _BROKEN
 
 
