@@ -561,7 +561,7 @@ def test_pickles_that_would_run_code_are_refused(tmp_path: Path) -> None:
     torch.save({"encoder.weight": Bomb()}, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="could run code"):
         load_autoencoder(tmp_path / "x.pt")
-    np.savez(tmp_path / "params.npz", W_enc=np.array([{"a": 1}], dtype=object))
+    np.savez(tmp_path / "params.npz", W_enc=np.array([Bomb()], dtype=object))
     with pytest.raises(CheckpointError, match=r"params\.npz"):
         load_autoencoder(tmp_path)
     assert not (tmp_path / "exploded").exists()
