@@ -102,6 +102,10 @@ class TensorSource(ABC):
     def get(self, name: str) -> torch.Tensor:
         """The tensor on the CPU, in the stored shape and dtype, viewing the mapped file where it can."""
 
+    def read(self, name: str) -> torch.Tensor:
+        """The same for a reader that copies: what it touched of the file is given back with the tensor."""
+        return self.get(name)
+
 
 class SafetensorsSource(TensorSource):
     """Tensors of one or several `.safetensors` files."""
@@ -142,6 +146,16 @@ class SafetensorsSource(TensorSource):
         if path not in self._handles:
             self._handles[path] = safe_open(path, framework="pt", device="cpu")
         tensor = self._handles[path].get_tensor(name)
+        assert isinstance(tensor, torch.Tensor), f"safe_open gave a {type(tensor).__name__}"
+        return tensor
+
+    def read(self, name: str) -> torch.Tensor:
+        import torch
+        from safetensors import safe_open
+
+        # a mapping of its own, which is undone when the tensor goes
+        with safe_open(self.path_of(name), framework="pt", device="cpu") as file:
+            tensor = file.get_tensor(name)
         assert isinstance(tensor, torch.Tensor), f"safe_open gave a {type(tensor).__name__}"
         return tensor
 

@@ -40,6 +40,8 @@ def map_config(
             problems.append(f"the field {error} is missing")
         except ValueError as error:
             problems.append(f"{'/'.join(rule.names) or target}: {error}")
+        except (KeyError, TypeError, AttributeError) as error:
+            problems.append(f"{'/'.join(rule.names) or target} is not as expected: {error!r}")
     unknown = [field for field in fields.unread() if not definition.ignores(field)]
     if unknown:
         listed = ", ".join(f"{field} = {json.dumps(raw[field])[:60]}" for field in unknown)

@@ -74,6 +74,7 @@ TRANSFORMS: dict[str, tuple[int, int, int | str]] = {
     "offset": (1, 1, 1),
     "stack": (0, 0, 1),
 }
+_COPYING = {"split_qkv_by_head", "offset", "stack"}
 
 _TOP_LEVEL = {
     "title", "architectures", "examples", "based_on", "prefixes", "ignored",
@@ -150,6 +151,11 @@ class TensorRule:
         """Whether several tensors, one for each expert or head, become one."""
         return any(transform.name == "stack" for transform in self.transforms)
 
+    @property
+    def copies(self) -> bool:
+        """Whether what it makes cannot be a view of the checkpoint's tensor."""
+        return any(transform.name in _COPYING for transform in self.transforms)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Definition:
@@ -220,7 +226,7 @@ def read_definition(path: Path, *, common_ignored: tuple[str, ...] = ()) -> Defi
             k: tuple(map(_or_none, v if isinstance(v, list) else [v]))
             for k, v in tables.get("expect", {}).items()
         },
-        choices=tables.get("choices", {}),
+        choices={name: _or_none(value) for name, value in tables.get("choices", {}).items()},
         config=fields,
         tensors=tuple(rules),
     )

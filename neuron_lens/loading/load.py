@@ -78,6 +78,11 @@ def _load_folder(
         raise CheckpointError(f"{folder} is a file; give the folder that holds config.json and the weights")
     raw = _read_config(folder / "config.json")
     source = str(folder / "config.json")
+    if raw.get("quantization_config"):
+        raise CheckpointError(
+            f"{source}: the weights are quantised ({str(raw['quantization_config'])[:120]}), which is not supported; give "
+            f"an unquantised checkpoint, such as one saved by transformers after dequantising"
+        )
     definition = definition_for(raw, source)
     config = map_config(raw, definition, source=source, name=_model_name(name))
     tensors = open_tensors(folder)
@@ -86,7 +91,11 @@ def _load_folder(
     def convert(tensor: Tensor) -> Tensor:
         return tensor.to(device=device, dtype=wanted)
 
-    model = _built(config, definition, tensors.names(), tensors.get, convert, str(folder))
+    def get(name: str, copied: bool) -> Tensor:
+        viewed = not copied and device.type == "cpu" and tensors.dtype(name) == wanted
+        return tensors.get(name) if viewed else tensors.read(name)
+
+    model = _built(config, definition, tensors.names(), get, convert, str(folder))
     model.tokenizer = _tokenizer(tokenizer, folder)
     return model
 
@@ -106,7 +115,7 @@ def _from_object(
     def convert(tensor: Tensor) -> Tensor:
         return tensor.to(device=device, dtype=wanted, copy=True)
 
-    model = _built(config, definition, list(state), state.__getitem__, convert, source)
+    model = _built(config, definition, list(state), lambda name, copied: state[name], convert, source)
     model.tokenizer = None if tokenizer == "its own" else _tokenizer(tokenizer, None)
     return model
 
@@ -125,7 +134,7 @@ def _built(
     config: TransformerConfig,
     definition: Definition,
     names: list[str],
-    get: Callable[[str], Tensor],
+    get: Callable[[str, bool], Tensor],
     convert: Callable[[Tensor], Tensor],
     source: str,
 ) -> Transformer:

@@ -74,7 +74,12 @@ class Verification:
 
 
 def verify(
-    name_or_path: str | os.PathLike[str], *, length: int = 24, new_tokens: int = 8, seed: int = 0, tolerance: float = 1e-4
+    name_or_path: str | os.PathLike[str],
+    *,
+    length: int = 24,
+    new_tokens: int = 8,
+    seed: int = 0,
+    tolerance: float = 1e-4,
 ) -> Verification:
     """Compare a checkpoint as loaded here with the same as loaded by `transformers`.
 
@@ -123,7 +128,11 @@ def _random_rows(theirs: Any, length: int, seed: int) -> list[Tensor]:
         for part in range(_ROWS, 0, -1)
     ]
     padding = embedding.padding_idx
-    return rows if padding is None else [row.where(row != padding, (padding + 1) % embedding.num_embeddings) for row in rows]
+    return (
+        rows
+        if padding is None
+        else [row.where(row != padding, (padding + 1) % embedding.num_embeddings) for row in rows]
+    )
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
@@ -165,13 +174,17 @@ def _compare_gradient(ours: Transformer, theirs: Any, row: Tensor) -> float:
 def _padded_difference(ours: Transformer, rows: list[Tensor], *, left: bool) -> float:
     """Rows of unlike length in one batch against each alone."""
     longest = max(row.shape[1] for row in rows)
-    tokens, pad = torch.zeros(len(rows), longest, dtype=torch.long), torch.ones(len(rows), longest, dtype=torch.bool)
+    tokens, pad = (
+        torch.zeros(len(rows), longest, dtype=torch.long),
+        torch.ones(len(rows), longest, dtype=torch.bool),
+    )
     places = [slice(longest - row.shape[1], None) if left else slice(row.shape[1]) for row in rows]
     for index, (row, place) in enumerate(zip(rows, places, strict=True)):
         tokens[index, place], pad[index, place] = row[0], False
     together = ours(tokens, pad=pad)
     return max(
-        _difference(together[index, place], ours(row)[0]) for index, (row, place) in enumerate(zip(rows, places, strict=True))
+        _difference(together[index, place], ours(row)[0])
+        for index, (row, place) in enumerate(zip(rows, places, strict=True))
     )
 
 

@@ -77,13 +77,13 @@ def plan_filling(names: Iterable[str], definition: Definition, source: str) -> l
 def fill(
     model: Transformer,
     fillings: list[Filling],
-    get: Callable[[str], Tensor],
+    get: Callable[[str, bool], Tensor],
     convert: Callable[[Tensor], Tensor],
     source: str,
 ) -> None:
     """Put tensors into a model that stands on the meta device.
 
-    get: reads a tensor by name. convert: puts a parameter in its final dtype and place.
+    get: reads a tensor by name; true where only copies of it are kept. convert: puts a parameter in its final dtype and place.
 
     Raises CheckpointError naming all parameters that are missing, surplus, or of a shape that contradicts the config.
     """
@@ -94,7 +94,7 @@ def fill(
     filled: dict[str, Tensor] = {}
     wrong: list[str] = []
     for filling in fillings:
-        tensors = [get(name) for name in filling.sources]
+        tensors = [get(name, filling.rule.copies) for name in filling.sources]
         try:
             made = apply_transforms(tensors, filling.rule.transforms, model.config)
         except (ValueError, RuntimeError) as error:
@@ -128,14 +128,17 @@ def _matching_rule(name: str, definition: Definition) -> tuple[TensorRule, re.Ma
 def _check_complete(
     model: Transformer, fillings: list[Filling], expected: dict[str, tuple[int, ...]], source: str
 ) -> None:
-    given = {target: filling.sources[0] for filling in fillings for target in filling.targets}
+    given = {target: filling for filling in fillings for target in filling.targets}
     needed = set(expected) - ({"unembed.weight"} if model.config.tied else set())
     missing, surplus = sorted(needed - set(given)), sorted(set(given) - set(expected))
     problems = []
     if missing:
         problems.append(f"no tensor fills {_listed(missing)}")
     if surplus:
-        named = [f"{given[target]} (would be {target})" for target in surplus]
+        named = [
+            f"{given[target].sources[0]} (which {given[target].rule.place} makes {target})"
+            for target in surplus
+        ]
         problems.append(f"the model of its config.json has no place for {_listed(named)}")
     if problems:
         raise CheckpointError(f"{source} does not fit its config.json: " + "; ".join(problems))

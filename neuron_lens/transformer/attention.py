@@ -59,7 +59,7 @@ class Attention(nn.Module):
         """
         q = hooks.q(self._project(q_in, self.q), **context)
         k = hooks.k(self._project(k_in, self.k), **context)
-        v = hooks.v(self._project(v_in, self.v), **context)
+        v = hooks.v(self._clipped(self._project(v_in, self.v)), **context)
         q, k = self._positioned(q, k, hooks, frame, **context)
         # [batch, head, pos, d_head] from here on, as attention computes
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -133,17 +133,21 @@ class Attention(nn.Module):
             )
             if linear.bias is not None:
                 projected = projected + linear.bias.unflatten(0, (heads, self.config.d_head))
+        return projected
+
+    def _clipped(self, x: Tensor) -> Tensor:
         clip = self.config.clip_qkv
-        return projected if clip is None else projected.clamp(-clip, clip)
+        return x if clip is None else x.clamp(-clip, clip)
 
     def _positioned(
         self, q: Tensor, k: Tensor, hooks: AttentionHooks, frame: Frame, **context: Any
     ) -> tuple[Tensor, Tensor]:
-        """Queries and keys after their norms and rotary positions."""
+        """Queries and keys after their norms, clipping and rotary positions."""
         if self.config.qk_norm == "full":
             q, k = self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)
         elif self.config.qk_norm != "none":
             q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self._clipped(q), self._clipped(k)
         if self.config.rotary is None:
             return q, k
         table = frame.rotary(local=self.window is not None)

@@ -24,9 +24,9 @@ class _Frozen(BaseModel):
             super().__init__(**fields)
         except ValidationError as error:
             problems = "; ".join(
-                f"{'.'.join(map(str, e['loc'])) or type(self).__name__}: {e['msg']} (given {e['input']!r})"[
-                    :300
-                ]
+                f"{'.'.join(map(str, e['loc']))}: {e['msg']} (given {e['input']!r})"[:300]
+                if e["loc"]
+                else e["msg"]
                 for e in error.errors()
             )
             raise ConfigError(f"{type(self).__name__}: {problems}") from None
@@ -109,7 +109,7 @@ class TransformerConfig(_Frozen):
 
     Attention. qkv_bias, out_bias. attention_scale: multiplies query · key (None: d_head ** -0.5). inverse_layer_scale: further
     divided by layer + 1. attention_softcap: cap · tanh(logits / cap). attention_sinks: each head has a learned logit that takes
-    probability and gives nothing (GPT-OSS). clip_qkv: clamp of q, k, v (OLMo).
+    probability and gives nothing (GPT-OSS). clip_qkv: clamp of v, and of q and k behind their norms (OLMo).
 
     MLP. mlp: "plain", "gated", "experts" or "none" (attention-only models). activation. mlp_bias. experts: needed for "experts".
 
