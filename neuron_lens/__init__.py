@@ -28,7 +28,7 @@ _PUBLIC: dict[str, str] = {
     "grad_hook_wrapper": "neuron_lens.hooks",
 }
 
-__all__ = sorted([*_PUBLIC, "__version__"])
+__all__: list[str] = sorted([*_PUBLIC, "__version__"])  # noqa: PLE0605 - one table, not two lists
 
 
 def __getattr__(name: str) -> Any:

@@ -163,16 +163,17 @@ def export(work: Path) -> None:
             tensors[f"{theirs}ln_1.{part}"] = state[f"{ours}ln_attn.{part}"]
             tensors[f"{theirs}ln_2.{part}"] = state[f"{ours}ln_mlp.{part}"]
             together = torch.cat([state[f"{ours}attn.{name}.{part}"] for name in "qkv"])
-            tensors[f"{theirs}attn.c_attn.{part}"] = together.T
+            tensors[f"{theirs}attn.c_attn.{part}"] = transposed(together)
             for source, name in (
                 ("attn.out", "attn.c_proj"),
                 ("mlp.up", "mlp.c_fc"),
                 ("mlp.down", "mlp.c_proj"),
             ):
-                tensors[f"{theirs}{name}.{part}"] = state[f"{ours}{source}.{part}"].T
+                tensors[f"{theirs}{name}.{part}"] = transposed(state[f"{ours}{source}.{part}"])
     tensors |= {f"ln_f.{part}": state[f"ln_f.{part}"] for part in ("weight", "bias")}
     half = {name: tensor.to(torch.float16).contiguous() for name, tensor in tensors.items()}
     save_file(half, FOLDER / "model.safetensors", metadata={"format": "pt"})
+    (FOLDER / "model.safetensors").chmod(0o644)
     settings = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -194,9 +195,14 @@ def export(work: Path) -> None:
     print(f"wrote {FOLDER} from step {saved['step']}")
 
 
+def transposed(tensor: torch.Tensor) -> torch.Tensor:
+    """Weights from [out, in] to GPT-2's [in, out]; biases as they are."""
+    return tensor.T if tensor.dim() == 2 else tensor
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--work", type=Path, default=ROOT / "runs" / "pico", help="folder of checkpoint and loss curve"

@@ -20,10 +20,19 @@ EXPERTS = ExpertsConfig(n_experts=4, n_used=2)
 CHOICES: dict[str, dict[str, object]] = {
     "gpt2": {},
     "rotary": {"position": "rotary", "rotary": RotaryConfig(dims=6)},
-    "rotary partial interleaved": {"position": "rotary", "rotary": RotaryConfig(dims=4, pairing="interleaved")},
+    "rotary partial interleaved": {
+        "position": "rotary",
+        "rotary": RotaryConfig(dims=4, pairing="interleaved"),
+    },
     "alibi": {"position": "alibi", "embedding_norm": True},
     "no positions": {"position": "none"},
-    "rms, grouped, gated": {"norm": "rms", "n_kv_heads": 2, "mlp": "gated", "activation": "silu", "qkv_bias": False},
+    "rms, grouped, gated": {
+        "norm": "rms",
+        "n_kv_heads": 2,
+        "mlp": "gated",
+        "activation": "silu",
+        "qkv_bias": False,
+    },
     "offset sandwich softcap": {
         "norm": "rms",
         "norm_offset": True,
@@ -39,7 +48,12 @@ CHOICES: dict[str, dict[str, object]] = {
     "experts": {"mlp": "experts", "experts": EXPERTS, "activation": "silu"},
     "sinks": {"attention_sinks": True, "n_kv_heads": 2, "windows": (3, None, 3)},
     "attention only, no norm": {"mlp": "none", "norm": "none"},
-    "scales": {"residual_scale": 0.5, "logit_scale": 2.0, "attention_scale": 0.3, "inverse_layer_scale": True},
+    "scales": {
+        "residual_scale": 0.5,
+        "logit_scale": 2.0,
+        "attention_scale": 0.3,
+        "inverse_layer_scale": True,
+    },
     "clip, no out bias": {"clip_qkv": 0.7, "out_bias": False, "mlp_bias": False},
 }
 
@@ -74,15 +88,22 @@ def test_inputs_for_each_head_equal_the_shared_input(choice: Transformer, tokens
     close(choice(tokens, hooks=hooks), choice(tokens))
 
 
-def test_reading_in_pieces_with_a_cache_equals_reading_at_once(choice: Transformer, tokens: torch.Tensor) -> None:
+def test_reading_in_pieces_with_a_cache_equals_reading_at_once(
+    choice: Transformer, tokens: torch.Tensor
+) -> None:
     cache = KVCache(choice.config, 2, capacity=12)
-    pieces = [choice(tokens[:, part], kv_cache=cache) for part in (slice(0, 4), slice(4, 5), slice(5, 8), slice(8, 10))]
+    pieces = [
+        choice(tokens[:, part], kv_cache=cache)
+        for part in (slice(0, 4), slice(4, 5), slice(5, 8), slice(8, 10))
+    ]
     close(torch.cat(pieces, 1), choice(tokens))
     assert cache.length == 10
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_padded_row_equals_the_row_alone_also_with_a_cache(choice: Transformer, tokens: torch.Tensor, side: str) -> None:
+def test_a_padded_row_equals_the_row_alone_also_with_a_cache(
+    choice: Transformer, tokens: torch.Tensor, side: str
+) -> None:
     lengths, width = [7, 4], 9
     batch, pad = torch.zeros(2, width, dtype=torch.long), torch.ones(2, width, dtype=torch.bool)
     for i, n in enumerate(lengths):
@@ -116,7 +137,9 @@ def test_logits_at_some_columns_are_those_columns(choice: Transformer, tokens: t
 def test_bfloat16_stays_near_float32(choice: Transformer, tokens: torch.Tensor) -> None:
     half = copy.deepcopy(choice).bfloat16()
     assert half(tokens).dtype == torch.bfloat16
-    assert torch.corrcoef(torch.stack((half(tokens).float().flatten(), choice(tokens).flatten())))[0, 1] > 0.97
+    assert (
+        torch.corrcoef(torch.stack((half(tokens).float().flatten(), choice(tokens).flatten())))[0, 1] > 0.97
+    )
 
 
 def test_copies_and_pickles_run_equally_and_stay_tied(choice: Transformer, tokens: torch.Tensor) -> None:
@@ -160,7 +183,12 @@ _SHARED = strong_model(tiny_config())
         (lambda m, t: m(t.repeat(1, 4)), "exceed the model's context of 32"),
         (lambda m, t: m(t, pad=torch.ones(2, 10, dtype=torch.bool)), "nothing but padding"),
         (lambda m, t: m(t, pad=torch.zeros(2, 9, dtype=torch.bool)), "pad must be bool"),
-        (lambda m, t: m(t, pad=torch.tensor([0, 1, 0, 0, 0, 0, 0, 0, 0, 0], dtype=torch.bool).expand(2, -1)), "ends of a row"),
+        (
+            lambda m, t: m(
+                t, pad=torch.tensor([0, 1, 0, 0, 0, 0, 0, 0, 0, 0], dtype=torch.bool).expand(2, -1)
+            ),
+            "ends of a row",
+        ),
         (lambda m, t: m(t, stop_at_layer=4), "3 layers"),
         (lambda m, t: m(t, start_at_layer=1), "residual stream"),
         (lambda m, t: m(t, kv_cache=KVCache(m.config, 2, capacity=5)), "room for 5"),
