@@ -75,7 +75,8 @@ def estimate(
 ) -> Estimate:
     """Calls, tokens and cost of `requests`, without making any.
 
-    `is_cached` tells requests already answered (`CachedBackend.has`); with it, repeated requests count once.
+    Of structured requests give what is sent first: `asked.sent_to(backend)`. `is_cached` tells requests already
+    answered (`CachedBackend.has`); with it, repeated requests count once.
     `count_tokens` counts a text's tokens where the model's tokenizer is at hand.
     """
     calls = cached = 0
@@ -183,7 +184,11 @@ class Budget:
                     raise BudgetExceeded(self._refusal(needed))
                 change = asyncio.get_running_loop().create_future()
                 self._waiting.append(change)
-            await change
+            try:
+                await change
+            finally:  # a wait that was cancelled must not be woken in a loop that is gone
+                with self._lock:
+                    self._waiting = [other for other in self._waiting if other is not change]
 
     def _over(self, reserved: list[Usage]) -> str | None:
         """The limit that would be exceeded if all of `reserved` were used, or None."""

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from neuron_lens.errors import BackendError
 
-__all__ = ["CallFailed", "Retry", "TransientFailure", "parse_retry_after", "retrying"]
+__all__ = ["AttemptsExhausted", "CallFailed", "Retry", "TransientFailure", "parse_retry_after", "retrying"]
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -40,6 +40,10 @@ class TransientFailure(CallFailed):
         super().__init__(message)
         self.retry_after = retry_after
         self.answered = answered
+
+
+class AttemptsExhausted(CallFailed):
+    """Every attempt at this call failed in a way that might have passed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,16 +72,16 @@ class Retry:
 async def retrying(attempt: Callable[[], Awaitable[T]], retry: Retry) -> T:
     """The result of `attempt`, called again after each TransientFailure as `retry` says.
 
-    Raises CallFailed, naming the last failure, when the attempts are used up; other errors pass at once.
+    Raises AttemptsExhausted, naming the last failure, when the attempts are used up; other errors pass at once.
     """
     for failures in range(1, retry.attempts + 1):
         try:
             return await attempt()
         except TransientFailure as error:
             if failures == retry.attempts:
-                raise CallFailed(f"{error} (given up after {failures} attempts)") from error
+                raise AttemptsExhausted(f"{error} (given up after {failures} attempts)") from error
             if error.retry_after is not None and error.retry_after > retry.longest_retry_after:
-                raise CallFailed(
+                raise AttemptsExhausted(
                     f"{error} (it asks to wait {error.retry_after:.0f} s, longer than the "
                     f"{retry.longest_retry_after:.0f} s allowed by Retry.longest_retry_after)"
                 ) from error

@@ -12,14 +12,15 @@ from tqdm import tqdm
 from neuron_lens.errors import BackendError
 from neuron_lens.llm.backend import Backend
 from neuron_lens.llm.request import Missing, Request, Response
-from neuron_lens.llm.retry import CallFailed
+from neuron_lens.llm.retry import AttemptsExhausted, CallFailed
 from neuron_lens.llm.structured import StructuredRequest, answer_of, complete_structured
 
 __all__ = ["complete_all", "complete_all_structured", "run_all", "run_all_structured"]
 
 T = TypeVar("T")
 
-# So many failed calls in a row, with no answer between, are an endpoint that is gone: the run stops and says so.
+# So many calls in a row whose every attempt failed, with no answer between, are an endpoint that is gone: the
+# run stops and says so.
 MAX_FAILURES_IN_A_ROW = 50
 
 
@@ -97,7 +98,8 @@ async def _gather(
                 failures_in_a_row = 0
             except CallFailed as error:
                 results[index] = Missing(kind="failed", reason=str(error))
-                failures_in_a_row += 1
+                # a call that is turned away for what it asks shows that the endpoint is there
+                failures_in_a_row = failures_in_a_row + 1 if isinstance(error, AttemptsExhausted) else 0
                 if failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
                     fatal.append(
                         BackendError(f"{failures_in_a_row} calls in a row failed, the last one: {error}")

@@ -57,6 +57,21 @@ class StructuredRequest(Generic[T]):
         """The JSON schema of `shape`."""
         return self._adapter.json_schema()
 
+    def sent_to(self, backend: Backend) -> Request:
+        """The request as it is sent first: with the schema to enforce, or told in words where it cannot be enforced."""
+        request = self.request
+        if backend.capabilities.json_schema:
+            return request.model_copy(update={"json_schema": JsonSchema(name=self.name, body=self.schema)})
+        prompt = load_prompt("json_answer")
+        *before, last = request.messages
+        words = f"{last.content}\n\n{prompt.render(schema=json.dumps(self.schema))}"
+        return request.model_copy(
+            update={
+                "messages": (*before, last.model_copy(update={"content": words})),
+                "prompt_version": _joined(request.prompt_version, prompt.version),
+            }
+        )
+
     def read(self, text: str, *, cut_off: bool = False) -> T:
         """The one value of type `shape` in a model's text, which may be `cut_off` at its longest.
 
@@ -93,7 +108,7 @@ async def complete_structured(backend: Backend, asked: StructuredRequest[T]) -> 
 
     A backend with `json_schema` is given the schema to enforce; to others it is told in words.
     """
-    request = _with_schema(asked, backend)
+    request = asked.sent_to(backend)
     for repair in range(asked.repairs + 1):
         response = await backend.complete(request)
         answer = answer_of(response, request)
@@ -185,23 +200,6 @@ def _closing(text: str, start: int) -> int | None:
             if not open_brackets:
                 return at
     return None
-
-
-def _with_schema(asked: StructuredRequest[Any], backend: Backend) -> Request:
-    request = asked.request
-    if backend.capabilities.json_schema:
-        return request.model_copy(update={"json_schema": JsonSchema(name=asked.name, body=asked.schema)})
-    prompt = load_prompt("json_answer")
-    *before, last = request.messages
-    told = last.model_copy(
-        update={"content": f"{last.content}\n\n{prompt.render(schema=json.dumps(asked.schema))}"}
-    )
-    return request.model_copy(
-        update={
-            "messages": (*before, told),
-            "prompt_version": _joined(request.prompt_version, prompt.version),
-        }
-    )
 
 
 def _repair(request: Request, asked: StructuredRequest[Any], response: Response, problem: str) -> Request:

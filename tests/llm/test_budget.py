@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from neuron_lens.llm import (
     Response,
     ScriptedBackend,
     Usage,
+    complete_all,
     estimate,
     run_all,
 )
@@ -92,6 +94,20 @@ def test_calls_cut_off_count_in_full_and_those_turned_away_do_not(fault: str, co
     faults = RandomFaults(1.0, [fault])  # type: ignore[list-item]
     run_all(ScriptedBackend(lambda request: "x", faults=faults, budget=budget), [ask("x")], progress=False)
     assert (budget.calls > 0) == counted == (budget.usage.completion_tokens >= 64)
+
+
+def test_a_budget_outlives_a_run_that_was_cancelled_while_waiting() -> None:
+    budget = Budget(max_calls=2)
+    backend = ScriptedBackend(lambda request: "x", budget=budget, seconds=0.2, concurrency=4)
+
+    async def cancelled() -> None:
+        await asyncio.wait_for(complete_all(backend, asks(4), progress=False), timeout=0.05)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(cancelled())
+    assert budget.calls == 2  # cut off, and counted as if they had been answered
+    budget.max_calls = 3
+    assert len(run_all(backend, [ask("y")], progress=False)) == 1 and budget.calls == 3
 
 
 def test_an_unreported_usage_counts_as_the_most() -> None:

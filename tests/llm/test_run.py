@@ -90,6 +90,12 @@ def test_an_endpoint_that_is_gone_ends_the_run() -> None:
     assert len(backend.attempts) < MAX_FAILURES_IN_A_ROW + backend.concurrency
 
 
+def test_calls_turned_away_one_by_one_do_not_end_the_run() -> None:
+    backend = ScriptedBackend(lambda request: "x", faults=RandomFaults(1.0, ["bad_request"]))
+    results = run_all(backend, asks(3 * MAX_FAILURES_IN_A_ROW), progress=False)
+    assert all(isinstance(result, Missing) and result.kind == "failed" for result in results)
+
+
 def test_calls_in_flight_are_finished_before_the_run_stops() -> None:
     done: list[str] = []
 

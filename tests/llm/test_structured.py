@@ -112,6 +112,7 @@ def test_the_schema_is_enforced_or_told() -> None:
         )
         run_all_structured(backend, [ask_marks()], progress=False)
         (request,) = backend.requests
+        assert request == ask_marks().sent_to(backend)
         assert (request.json_schema is not None) == enforced
         assert ('"marks"' in request.messages[-1].content) != enforced
         assert ("json_answer@" in request.prompt_version) != enforced
