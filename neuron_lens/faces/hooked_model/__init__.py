@@ -1,0 +1,1 @@
+"""HookedModel: ask for activations, ablations and patches declaratively, over batches and data sets."""
