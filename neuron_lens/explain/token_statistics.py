@@ -25,11 +25,11 @@ __all__ = ["Examples", "FittedPredicate", "FittedTable", "fit_predicate"]
 Floats = NDArray[np.float64]
 
 MAX_TABLES = 3
-MAX_ENTRIES = 400
+MAX_ENTRIES = 128  # written down of a table: the longest that can still be read
 _SHRINKAGE = (1.0, 4.0, 16.0, 64.0)
 _KEPT_SHARE = 0.995  # of a table's explained variance that its written entries hold
-_MIN_GAIN = 0.005  # of the validation variance, for one more table
-_TOLERANCE = 0.01  # of the validation variance, given up for a simpler feature
+_MIN_GAIN = 0.01  # of the validation variance, for one more table
+_TOLERANCE = 0.02  # of the validation variance, given up for a simpler feature
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +139,7 @@ def fit_predicate(
         residual_validation = residual_validation - table.effects[part.validation]
         tables.append((part, table))
     tables = _backfit(tables, y - base)
-    cut = [_cut(part, table, y - base) for part, table in tables]
+    cut = [_cut(table, y - base) for _, table in tables]
     base, cut_tables = _recentre(base, [part for part, _ in tables], cut, y)
     fitted = FittedPredicate(round(base, 5), round(floor, 5), tuple(cut_tables), 0.0)
     return replace(fitted, validation_correlation=_correlation(_flat(fitted, validation), y_validation))
@@ -182,7 +182,7 @@ def _best_shrinkage(
     sums_validation, counts_validation = _means(part.validation, part.feature.n_keys, residual_validation)
     best: tuple[float, float, Floats] | None = None
     for shrinkage in _SHRINKAGE:
-        effects = sums / (counts + shrinkage)
+        effects = _heaviest(sums / (counts + shrinkage), counts)
         change = float(effects @ (counts_validation * effects - 2 * sums_validation))
         if best is None or change < best[0]:
             best = (change, shrinkage, effects)
@@ -202,21 +202,30 @@ def _backfit(
         for place, (part, table) in enumerate(fitted):
             own = residual + table.effects[part.train]
             sums, counts = _means(part.train, part.feature.n_keys, own)
-            effects = sums / (counts + table.shrinkage)
+            effects = np.where(table.effects != 0, sums / (counts + table.shrinkage), 0.0)
             residual = own - effects[part.train]
             fitted[place] = (part, replace(table, effects=effects))
     return fitted
 
 
-def _cut(part: _Part, table: FittedTable, target: Floats) -> FittedTable:
-    """Keep the entries that hold nearly all of the table's weight, at most MAX_ENTRIES, rounded."""
+def _heaviest(effects: Floats, counts: NDArray[np.int64]) -> Floats:
+    """The MAX_ENTRIES effects that explain most of the training variance; the others are 0."""
+    if len(effects) <= MAX_ENTRIES:
+        return effects
+    kept = np.argpartition(counts * effects**2, -MAX_ENTRIES)[-MAX_ENTRIES:]
+    heaviest = np.zeros_like(effects)
+    heaviest[kept] = effects[kept]
+    return heaviest
+
+
+def _cut(table: FittedTable, target: Floats) -> FittedTable:
+    """Leave out entries that hardly matter, and round the rest to what is written down."""
     weight = table.counts * table.effects**2
     order = np.argsort(-weight, kind="stable")
     held = np.cumsum(weight[order])
     enough = int(np.searchsorted(held, _KEPT_SHARE * held[-1])) + 1 if len(held) and held[-1] > 0 else 0
     effects = np.zeros_like(table.effects)
-    kept = order[: min(enough, MAX_ENTRIES)]
-    effects[kept] = np.round(table.effects[kept], 5)
+    effects[order[:enough]] = np.round(table.effects[order[:enough]], 5)
     variance = float(np.mean(target**2))
     share = float(held[-1]) / len(target) / variance if variance > 0 and len(held) else 0.0
     return replace(table, effects=effects, share=round(share, 4))
