@@ -189,10 +189,11 @@ def _scaling(fields: Fields, scaling: dict[str, Any], original: int | None) -> d
     for name in ("rope_type", "type"):
         rest.pop(name, None)
     in_dict = rest.pop("original_max_position_embeddings", None)
-    n_ctx = fields.known.get("n_ctx")
-    context = next((c for c in (original, in_dict, n_ctx) if c is not None), None)
+    n_ctx: int = fields.known["n_ctx"]
+    context: int = next(c for c in (original, in_dict, n_ctx) if c is not None)
+    made: dict[str, Any] | None = None
     if kind == "default":
-        made = None
+        pass
     elif kind == "linear":
         made = {"kind": kind, "factor": rest.pop("factor")}
     elif kind == "llama3":

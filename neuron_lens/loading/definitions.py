@@ -23,8 +23,9 @@
     "h.{layer}.{ln_1|ln_attn}.weight" = "blocks.{layer}.ln_attn.weight"             # goes by either name
     "h.{layer}.experts.{expert}.up" = ["stack", "blocks.{layer}.mlp.up"]            # {expert} or {head}: one axis here
 
-Where a value can be absent, "" stands for JSON's null. A row of `[tensors]` that ends in several names needs a transform that makes as many tensors. Knows neither torch nor
-any model: the names of conversions and transforms are checked against closed sets, a wrong one is named with its line.
+Where a value can be absent, "" stands for JSON's null. A row of `[tensors]` that ends in several names needs a transform that
+makes as many tensors. Knows neither torch nor any model: the names of conversions and transforms are checked against closed
+sets, and a wrong one is named with its line.
 """
 
 from __future__ import annotations
@@ -247,8 +248,8 @@ def _read_tables(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], di
     own["config"] = _flat(own.get("config", {}))
     lines: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), start=1):
-        if key := re.match(r'\s*(?:"([^"]+)"|([\w.]+))\s*=', line):
-            lines[key[1] or key[2]] = f"{path.name}:{number}"
+        if found := re.match(r'\s*(?:"([^"]+)"|([\w.]+))\s*=', line):
+            lines[found[1] or found[2]] = f"{path.name}:{number}"
     if "based_on" not in own:
         return own, lines
     base, base_lines = _read_tables(path.with_name(f"{own['based_on']}.toml"), (*seen, path))

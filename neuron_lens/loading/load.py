@@ -123,10 +123,10 @@ def _from_object(
 def _saved_state(given: Any) -> dict[str, Tensor]:
     """The state dict under the names of the files: transformers 5 holds some models otherwise in memory."""
     state: dict[str, Tensor] = {name: tensor.detach() for name, tensor in given.state_dict().items()}
-    if not getattr(given, "_weight_conversions", None):
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # transformers 4, or an object of something else that looks like its models
         return state
-    from transformers.core_model_loading import revert_weight_conversion
-
     return dict(revert_weight_conversion(given, state))
 
 

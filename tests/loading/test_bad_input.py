@@ -61,7 +61,7 @@ def test_unknown_tensors_are_named(folder: Path) -> None:
 def test_tensors_beyond_the_config_are_named(folder: Path) -> None:
     edit_config(folder, n_layer=1)
     text = message(folder)
-    assert "transformer.h.1.ln_1.weight" in text and "gpt2.toml:" in text
+    assert "transformer.h.1.attn.c_attn.bias (which gpt2.toml:" in text
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ class Bomb:
 
 def test_a_pickle_with_code_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Bomb()}))
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Bomb()}, protocol=2))
     assert "is refused" in message(folder)
 
 

@@ -135,6 +135,7 @@ print((after - before) * 1024 / weights)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "stored", "asked"),
     [
