@@ -1,6 +1,6 @@
 """Sparse autoencoders and transcoders: one canonical form, a loader per published format.
 
-Works on any tensor and knows no transformer.
+Works on any tensor and knows no transformer; `splice` puts one into a tree of hooks.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from neuron_lens.autoencoders.normalisation import DecodeState
 from neuron_lens.autoencoders.save import save_saelens
 from neuron_lens.autoencoders.self_check import SelfCheck, check_autoencoder, explained_variance
 from neuron_lens.autoencoders.sparse import SparseLatents
+from neuron_lens.autoencoders.splice import Splice, reference_errors, splice
 
 __all__ = [
     "Autoencoder",
@@ -33,10 +34,13 @@ __all__ = [
     "SelfCheck",
     "Site",
     "SparseLatents",
+    "Splice",
     "check_autoencoder",
     "explained_variance",
     "load_autoencoder",
     "load_autoencoders",
     "load_cross_layer_transcoder",
+    "reference_errors",
     "save_saelens",
+    "splice",
 ]

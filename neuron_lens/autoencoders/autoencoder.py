@@ -93,10 +93,7 @@ class Autoencoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction (or prediction) for x [..., d_in], in x's layout and dtype."""
-        h, state = self._pre_activations_and_state(x)
-        if isinstance(self.activation, RankedActivation) and self._few(self.activation.k):
-            return self.restore(self.decode(self._select(h), state), like=x)
-        return self.restore(self.decode(self._activate(h), state), like=x)
+        return self.restore(self.decode(*self.encode_compact(x)), like=x)
 
     def encode(self, x: Tensor, latents: slice | Sequence[int] | Tensor | None = None) -> Tensor:
         """Latents of x: [..., d_latent], or [..., n] for the n latents asked for.
@@ -134,6 +131,12 @@ class Autoencoder(nn.Module):
             )
         h, state = self._pre_activations_and_state(x)
         return self._select(h), state
+
+    def encode_compact(self, x: Tensor) -> tuple[Tensor | SparseLatents, DecodeState]:
+        """Latents in the form that decodes fastest: sparse where few are active, else dense; and the state."""
+        if isinstance(self.activation, RankedActivation) and self._few(self.activation.k):
+            return self.encode_sparse(x)
+        return self.encode_with_state(x)
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """What the activation is given [..., d_latent]; for gated autoencoders without either bias."""

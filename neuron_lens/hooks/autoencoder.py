@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from neuron_lens.errors import HookError
+from neuron_lens.hooks.chain import edited_in_place, version_of
 from neuron_lens.hooks.tree import FwdBwdHooks, HookCollection
 
-__all__ = ["AutoencoderHooks"]
+__all__ = ["AutoencoderHooks", "GradientPath"]
 
 GradientPath = Literal["both", "reconstruction", "error"]
 
@@ -25,7 +26,8 @@ class AutoencoderHooks(HookCollection):
     observe x − reconstruction (what they return is not used).
 
     Args:
-        encode: x [batch, pos, d_in] -> latents [batch, pos, d_latent].
+        encode: x [batch, pos, d_in] -> latents [batch, pos, d_latent]; or -> (latents, state), when decoding
+            must know facts of x: `decode` is then called as decode(latents, state).
         decode: latents -> reconstruction, of x's shape.
         add_error: see above.
         gradient: with `add_error`, the path gradients take from the output back to x: "both" (of an unedited
@@ -42,8 +44,8 @@ class AutoencoderHooks(HookCollection):
 
     def __init__(
         self,
-        encode: Callable[[Tensor], Tensor],
-        decode: Callable[[Tensor], Tensor],
+        encode: Callable[[Tensor], Any],
+        decode: Callable[..., Tensor],
         add_error: bool = False,
         *,
         gradient: GradientPath = "both",
@@ -57,39 +59,62 @@ class AutoencoderHooks(HookCollection):
         self.add_subhooks("error", FwdBwdHooks(("batch", "pos", "d_model")))
 
     def __call__(self, x: Tensor, **context: Any) -> Tensor:
-        latents = self.encode(x)
-        if self.latents.has_any():
-            # a copy: hooks may edit it in place, and the error needs what the encoder said
-            unedited, latents = latents, self.latents(latents.clone(), **context)
-        else:
-            unedited = latents
-        reconstruction = self.decode(latents)
-        plain = reconstruction if latents is unedited else self.decode(unedited)
-        if plain.shape != x.shape:
-            raise HookError(
-                f"the autoencoder decodes to {list(plain.shape)}, but the site has {list(x.shape)}"
-            )
+        return self.write(x, self.read(x), **context)
+
+    def read(self, x: Tensor) -> Any:
+        """What the encoder makes of x: latents, or (latents, state)."""
+        return self.encode(x)
+
+    def write(self, x: Tensor, encoded: Any, **context: Any) -> Tensor:
+        """What the site that holds x becomes, given what was read, here or at another site."""
+        latents, *state = encoded if type(encoded) is tuple else (encoded,)
+        edited = self._edited(latents, context)
+        reconstruction = self._decoded(latents if edited is None else edited, state, x)
         if not self.add_error:
-            hooked = self._hooked_reconstruction(reconstruction, plain, context)
+            hooked = self._hooked_reconstruction(reconstruction, context)
             if self.error.has_any():
                 self.error(x - reconstruction, **context)
             return hooked.to(x.dtype)
+        plain = reconstruction if edited is None else self._decoded(latents, state, x)
+        if self.gradient == "error":
+            # x itself is the error's only live part: decode(encode(x)) counts as a constant on both sides
+            reconstruction, plain = reconstruction.detach(), plain.detach()
         wide = torch.promote_types(x.dtype, torch.float32)
-        error = x.to(wide) - plain.to(wide)
+        error = self._error_term(x.to(wide), plain.to(wide), context)
         if self.gradient == "reconstruction":
             error = error.detach()
-        elif self.gradient == "error":
-            # x itself is the error's only live part: decode(encode(x)) counts as a constant on both sides
-            error = x.to(wide) - plain.detach().to(wide)
-            reconstruction = reconstruction.detach()
-        hooked = self._hooked_reconstruction(reconstruction, plain, context)
+        hooked = self._hooked_reconstruction(reconstruction, context)
         return (hooked.to(wide) + self.error(error, **context)).to(x.dtype)
 
-    def _hooked_reconstruction(
-        self, reconstruction: Tensor, plain: Tensor, context: dict[str, Any]
-    ) -> Tensor:
+    def _edited(self, latents: Any, context: dict[str, Any]) -> Tensor | None:
+        """The latents after their hooks; None when nothing was hooked, or nothing changed or will be traced."""
+        if not self.latents.acts_at(context.get("layer")):
+            return None
+        given = self._editable(latents)
+        version = version_of(given)
+        hooked = self.latents(given, **context)
+        if hooked is given and not edited_in_place(given, version) and not given.requires_grad:
+            return None
+        return hooked
+
+    def _editable(self, latents: Any) -> Tensor:
+        """A copy: hooks may edit it in place, and the error needs what the encoder said."""
+        copied: Tensor = latents.clone()
+        return copied
+
+    def _decoded(self, latents: Any, state: list[Any], x: Tensor) -> Tensor:
+        decoded = self.decode(latents, *state)
+        if decoded.shape != x.shape:
+            raise HookError(
+                f"the autoencoder decodes to {list(decoded.shape)}, but the site has {list(x.shape)}"
+            )
+        return decoded
+
+    def _error_term(self, x: Tensor, plain: Tensor, context: dict[str, Any]) -> Tensor:
+        """What is added to the reconstruction; x and plain are float32 at least."""
+        return x - plain
+
+    def _hooked_reconstruction(self, reconstruction: Tensor, context: dict[str, Any]) -> Tensor:
         if not self.reconstruction.has_any():
             return reconstruction
-        return self.reconstruction(
-            reconstruction.clone() if reconstruction is plain else reconstruction, **context
-        )
+        return self.reconstruction(reconstruction.clone(), **context)

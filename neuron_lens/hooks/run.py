@@ -6,7 +6,7 @@ and whatever a key-value cache already holds), and where the prompt ends. It kno
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Run:
         config: the model's configuration.
         columns: absolute position of each column when a combinator has selected some, [batch, pos];
             None when the columns are those of the pass.
+        carried: what hooks of this pass leave for later hooks of the same pass; narrowed runs share it.
     """
 
     batch: int
@@ -43,6 +44,7 @@ class Run:
     step: int | None = None
     config: Any = None
     columns: Tensor | None = None
+    carried: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def uniform(self) -> bool:

@@ -44,7 +44,9 @@ class EditLatents(Intervention):
                 f"(given: {', '.join(known) or 'none'})"
             )
         autoencoder = known[self.autoencoder]
-        splice = AutoencoderHooks(autoencoder.encode, autoencoder.decode, add_error=True)
+        # some must know facts of x to decode, and hand them over beside the latents
+        encode = getattr(autoencoder, "encode_with_state", autoencoder.encode)
+        splice = AutoencoderHooks(encode, autoencoder.decode, add_error=True)
         where = self._edit if self.latents is None else AtUnits(self.latents).append(self._edit)
         splice.append_to_path("latents.fwd", where)
         flat: Tensor = splice(x.reshape(-1, *x.shape[-2:]))
