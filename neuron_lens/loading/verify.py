@@ -1,7 +1,7 @@
 """Hold a loaded checkpoint to Hugging Face's implementation of it, number by number (extra `hf`).
 
-Both read the same folder, each with its own code, in float32 on the CPU. Differences are largest absolute ones, divided by
-the standard deviation of Hugging Face's own numbers, so that they mean the same at every scale.
+Both read the same folder, each with its own code, in float32 on the CPU. Differences are measured against the scale of Hugging
+Face's own numbers, so that they mean the same at every size.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ class Verification:
     """How far a loaded model is from Hugging Face's.
 
     Attributes:
-        logits, hidden, gradient: largest difference over the standard deviation of theirs; hidden is the worst of all
-            layers, gradient is that of the next-token loss with respect to the embedding matrix.
+        logits, hidden: largest difference over the standard deviation of theirs; hidden is the worst of all layers (of the
+            last one behind the final norm, as transformers gives it).
+        gradient: norm of the difference over the norm of theirs, for the next-token loss with respect to the embedding
+            matrix; most of its rows are nearly zero, so that a standard deviation would say little.
         hidden_at: where the worst hidden state is: a layer's output, "embedding" or "final norm".
         left_padded, right_padded: largest difference between a row in a padded batch and the row alone, in ours.
         generated, equal_tokens: greedy tokens generated (with key-value caches), and how many agree before the first that
@@ -167,7 +169,8 @@ def _compare_gradient(ours: Transformer, theirs: Any, row: Tensor) -> float:
         logits = output if isinstance(output, Tensor) else output.logits
         loss = F.cross_entropy(logits[0, :-1], row[0, 1:])
         gradients.append(torch.autograd.grad(loss, embedding.weight)[0])
-    return _difference(*gradients)
+    given, expected = gradients
+    return float((given - expected).norm() / expected.norm())
 
 
 @torch.no_grad()
