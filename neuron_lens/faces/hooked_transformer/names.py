@@ -111,7 +111,8 @@ def absent_names(config: TransformerConfig) -> dict[str, str]:
     absent = config.absent_sites()
     reasons = {name: absent[site] for name, site in _ENDS.items() if site in absent}
     for name, site in _BLOCK.items():
-        if _site(name, site, config) in absent:
+        site = _site(name, site, config)
+        if site in absent:
             reasons |= {f"blocks.{layer}.{name}": absent[site] for layer in range(config.n_layers)}
     return reasons
 

@@ -225,7 +225,10 @@ class HookedRootModule(nn.Module):
     ) -> tuple[dict[str, Tensor], list[NamedHook], list[NamedHook]]:
         """A cache, and the forward and backward hooks that fill it, for `hooks()` or `run_with_hooks()`."""
         kept: dict[str, Tensor] = {} if cache is None else cache
-        chosen = None if pos_slice is None else Slice(pos_slice)
+        # one position stays an axis of length 1, so that what is cached keeps its number of dimensions
+        chosen = (
+            None if pos_slice is None else Slice([pos_slice] if isinstance(pos_slice, int) else pos_slice)
+        )
 
         def filler(gradient: bool) -> CachingHook:
             return CachingHook(
@@ -289,7 +292,11 @@ class HookedRootModule(nn.Module):
         Returns:
             the output, and a dictionary from name to tensor: detached, and safe from later edits.
         """
-        if names_filter is not None and not callable(names_filter) and not isinstance(names_filter, str):
+        if (
+            isinstance(names_filter, Iterable)
+            and not callable(names_filter)
+            and not isinstance(names_filter, str)
+        ):
             names_filter = list(names_filter)
         kept, forward, backward = self.get_caching_hooks(
             names_filter, incl_bwd, device, remove_batch_dim, pos_slice=pos_slice
