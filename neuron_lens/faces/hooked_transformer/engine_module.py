@@ -52,6 +52,7 @@ class EngineModule(HookedRootModule):
         for layer, places in enumerate(rows):
             self._places |= {f"blocks.{layer}.{place.name}": place for place in places}
         self._places |= {place.name: place for place in end_places(config)}
+        self._absent = absent_names(config)
         self.setup()
         for name, place in self._places.items():
             self.hook_dict[name].axes = place.axes
@@ -72,7 +73,7 @@ class EngineModule(HookedRootModule):
         return [name for name, place in self._places.items() if place.flag in flags]
 
     def _absent_names(self) -> dict[str, str]:
-        return absent_names(self.engine.config)
+        return self._absent
 
     @property
     def ln1_is_folded(self) -> bool:

@@ -156,15 +156,15 @@ class HookPoint(nn.Module):
     def call(self, handle: LensHandle, x: Tensor) -> Tensor:
         """The tensor after one hook; once for each alias if it has any."""
         hook = cast(HookFunction, handle.user_hook)
-        for name in handle.alias_names or (self.name,):
-            own, self.name = self.name, name
+        if not handle.alias_names:
+            return _replaced(x, hook(x, hook=self))
+        own = self.name
+        for name in handle.alias_names:
+            self.name = name
             try:
-                y = hook(x, hook=self)
+                x = _replaced(x, hook(x, hook=self))
             finally:
                 self.name = own
-            if isinstance(y, tuple) and len(y) == 1:  # backward hooks of torch return tuples
-                y = y[0]
-            x = x if y is None else y
         return x
 
     @property
@@ -195,3 +195,10 @@ class HookPoint(nn.Module):
         return (
             f"{len(self.fwd_hooks)} forward, {len(self.bwd_hooks)} backward hooks" if self.has_hooks() else ""
         )
+
+
+def _replaced(x: Tensor, y: Any) -> Any:
+    """What a hook's result makes of x. Backward hooks of torch return tuples of one."""
+    if isinstance(y, tuple) and len(y) == 1:
+        y = y[0]
+    return x if y is None else y

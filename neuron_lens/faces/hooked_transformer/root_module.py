@@ -59,7 +59,8 @@ class HookedRootModule(nn.Module):
 
     def get_hook_point(self, name: str) -> HookPoint:
         """The hook point of a name. Raises HookError with the nearest names."""
-        return self.hook_dict[self._names([name])[0]]
+        found = self.hook_dict.get(name)
+        return self.hook_dict[self._names([name])[0]] if found is None else found
 
     def list_hooks(
         self, name_filter: NamesFilter = None, dir: Directions = "both", including_permanent: bool = True
@@ -84,6 +85,8 @@ class HookedRootModule(nn.Module):
         return {}
 
     def _names(self, names_filter: NamesFilter) -> list[str]:
+        if isinstance(names_filter, str) and names_filter in self.hook_dict:
+            return [names_filter]
         return chosen_names(names_filter, self.hook_dict, self._closed_names(), self._absent_names())
 
     def add_hook(

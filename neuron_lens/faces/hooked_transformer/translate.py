@@ -72,8 +72,10 @@ class _PointsAtSite(SiteAware):
         if found is None:
             return x
         point, handles = found
-        point.fired += 1
-        point.run = context.get("run")
+        # past nn.Module's slow setting of attributes: this runs at every hooked point of every forward
+        state = point.__dict__
+        state["fired"] += 1
+        state["run"] = context.get("run")
         shared = self.copy_first
         try:
             for handle in handles:
@@ -83,7 +85,7 @@ class _PointsAtSite(SiteAware):
                     x, shared = x.clone(), False
                 x = _checked(x, point.call(handle, x), point, handle)
         finally:
-            point.run = None
+            state["run"] = None
         return x
 
     def tree_lines(self, indent: int = 0) -> list[str]:
