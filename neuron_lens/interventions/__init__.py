@@ -1,6 +1,7 @@
 """Interventions as data, sweeps over them, patching and attribution.
 
-Reading order: tensors, places, declared, kinds, apply, store, runs; metrics, grid, sweep_plan, sweep_run, sweep.
+Reading order: tensors, places, declared, kinds, apply, store, runs; metrics, grid, sweep_plan, sweep_run,
+sweep; patching, path_patching.
 """
 
 from neuron_lens.interventions.apply import capture, mean_activations, to_hooks
@@ -31,6 +32,14 @@ from neuron_lens.interventions.metrics import (
     TokenProbability,
     TokenRank,
 )
+from neuron_lens.interventions.patching import generic_activation_patch
+from neuron_lens.interventions.path_patching import (
+    Receiver,
+    Sender,
+    get_act_patch_direct_path,
+    get_act_patch_direct_path_all_sources,
+    path_patch,
+)
 from neuron_lens.interventions.places import PerRow, Span, TokenText
 from neuron_lens.interventions.runs import RecordedRun, Replay, record, replay
 from neuron_lens.interventions.store import load_interventions, save_interventions
@@ -56,10 +65,12 @@ __all__ = [
     "Patch",
     "PerRow",
     "ProjectOut",
+    "Receiver",
     "RecordedRun",
     "Replay",
     "ResampleAblate",
     "Scale",
+    "Sender",
     "Set",
     "Span",
     "SweepResult",
@@ -71,9 +82,13 @@ __all__ = [
     "Zero",
     "capture",
     "frozen_sites",
+    "generic_activation_patch",
+    "get_act_patch_direct_path",
+    "get_act_patch_direct_path_all_sources",
     "grid",
     "load_interventions",
     "mean_activations",
+    "path_patch",
     "record",
     "replay",
     "save_interventions",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,6 +109,14 @@ class SweepResult:
         tail = (1 - confidence) / 2
         ends = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=-1)
         return ends[0].float(), ends[1].float()
+
+    def transposed(self, axes: Sequence[str]) -> SweepResult:
+        """The same with its axes in another order. Raises RequestError for other names than its axes'."""
+        if sorted(axes) != sorted(self.axes):
+            raise RequestError(f"the axes are {', '.join(self.axes)}; cannot order them as {', '.join(axes)}")
+        order = [list(self.axes).index(name) for name in axes]
+        values = {name: value.permute(*order, -1) for name, value in self._values.items()}
+        return SweepResult({name: self.axes[name] for name in axes}, values, self._baseline, self._reference)
 
     def to_dataframe(self) -> pandas.DataFrame:
         """One row for each cell: its labels, and each metric's value and effect. Needs pandas."""

@@ -91,7 +91,9 @@ class SweepRunner:
         self.rows, self.length = tokens.shape
         self.columns = columns_read(metrics, self.rows, self.length, tokens.device)
         # nothing behind the last column read can matter; hooks of unknown reach see the whole prompt all the same
-        self.stop = self.length if self.columns is None or whole or pad is not None else int(self.columns.max()) + 1
+        self.stop = (
+            self.length if self.columns is None or whole or pad is not None else int(self.columns.max()) + 1
+        )
         self.memory_budget = memory_budget
         self.clean: CleanRun | None = None
 
