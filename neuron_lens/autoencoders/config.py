@@ -35,7 +35,9 @@ DecoderNorm = Literal["ignore", "scale_latents", "select_only"]
 _NEED_K = ("topk", "abs_topk", "groupmax")
 
 
-class _Frozen(BaseModel):
+class Frozen(BaseModel):
+    """Base of configurations: closed, unchangeable, and wrong values are one ConfigError that names them all."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def __init__(self, **fields: Any) -> None:
@@ -49,7 +51,7 @@ class _Frozen(BaseModel):
             raise ConfigError(f"{type(self).__name__}: {'; '.join(problems)}") from error
 
 
-class Site(_Frozen):
+class Site(Frozen):
     """A place in a model: a path of the hook tree, and which layer (None: outside the blocks)."""
 
     path: str  # "resid.torso.post_mlp"
@@ -57,7 +59,7 @@ class Site(_Frozen):
     head: int | None = None  # the one head it reads, when the site has a head axis
 
 
-class Provenance(_Frozen):
+class Provenance(Frozen):
     """Where an autoencoder came from, so that a result can name its source."""
 
     format: str  # the loader's name, "saelens"
@@ -67,7 +69,7 @@ class Provenance(_Frozen):
     notes: tuple[str, ...] = ()  # what the loader had to infer or convert
 
 
-class AutoencoderConfig(_Frozen):
+class AutoencoderConfig(Frozen):
     """The shape and arithmetic of one autoencoder or transcoder. See the module docstring for the formula."""
 
     d_in: int = Field(gt=0)  # width that is read
@@ -163,7 +165,7 @@ class AutoencoderConfig(_Frozen):
         return self.has_skip or self.normalisation in ("constant_norm_rescale", "layer_norm")
 
 
-class CrossLayerTranscoderConfig(_Frozen):
+class CrossLayerTranscoderConfig(Frozen):
     """A transcoder whose latents of layer i write to layers i, i + 1, …, n_layers − 1."""
 
     n_layers: int = Field(gt=0)

@@ -1,0 +1,20 @@
+"""Training and evaluating sparse autoencoders on a model's activations.
+
+Reading order: settings, stream, objectives, trainer, checkpoint, evaluation.
+"""
+
+from __future__ import annotations
+
+from neuron_lens.autoencoder_training.evaluation import Evaluation, evaluate_autoencoder
+from neuron_lens.autoencoder_training.settings import TrainingSettings
+from neuron_lens.autoencoder_training.stream import ActivationStream
+from neuron_lens.autoencoder_training.trainer import Trainer, train_autoencoder
+
+__all__ = [
+    "ActivationStream",
+    "Evaluation",
+    "Trainer",
+    "TrainingSettings",
+    "evaluate_autoencoder",
+    "train_autoencoder",
+]

@@ -1,0 +1,73 @@
+"""The file that an interrupted training run goes on from."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neuron_lens.errors import CheckpointError, RequestError
+from neuron_lens.files.atomic import atomic_path
+
+__all__ = ["read_checkpoint", "write_checkpoint"]
+
+_VERSION = 1
+
+
+def write_checkpoint(path: Path, held: dict[str, Any]) -> None:
+    """Write whole or not at all."""
+    with atomic_path(path) as temporary:
+        torch.save({**held, "version": _VERSION}, temporary)
+
+
+def read_checkpoint(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
+    """What was written, or None when there is nothing.
+
+    Raises:
+        CheckpointError: the file is not a checkpoint, or cut off.
+        RequestError: it belongs to a run of other settings, another model or another corpus; says which.
+    """
+    if not path.exists():
+        return None
+    try:
+        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        known = json.loads(saved["key"])
+        version = saved["version"]
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        KeyError,
+        TypeError,
+        ValueError,
+        pickle.UnpicklingError,
+    ) as error:
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(
+            f"{path} is not a whole training checkpoint ({reason}); delete it to begin anew"
+        ) from None
+    if version != _VERSION:
+        raise CheckpointError(
+            f"{path} is of version {version}, this release writes {_VERSION}; delete it to begin anew"
+        )
+    wanted = json.loads(json.dumps(key))
+    if known != wanted:
+        raise RequestError(
+            f"{path} belongs to another run ({_difference(known, wanted)}); give the same settings, or another folder"
+        )
+    return saved
+
+
+def _difference(known: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """What differs between two runs, in words."""
+    said = [
+        f"{name} was {known['settings'].get(name)!r}, now {value!r}"
+        for name, value in wanted["settings"].items()
+        if known["settings"].get(name) != value
+    ]
+    return "; ".join(
+        [*said, *(f"another {part}" for part in ("model", "corpus") if known[part] != wanted[part])]
+    )

@@ -1,0 +1,75 @@
+"""What all objectives share: the unexplained share of variance, and a way back for dead latents."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from neuron_lens.autoencoder_training.settings import TrainingSettings
+from neuron_lens.autoencoders import Autoencoder
+
+__all__ = ["Objective", "Pass", "auxiliary_loss"]
+
+_RAMP = 0.05  # share of the steps until the sparsity penalty is whole
+
+
+class Pass(NamedTuple):
+    """One pass of a batch [batch, d_in] through an autoencoder in training."""
+
+    loss: Tensor  # what is minimised, apart from the auxiliary loss; a share of the variance
+    reconstruction: Tensor  # [batch, d_in]
+    pre_activations: Tensor  # [batch, d_latent]; dead latents learn through these
+    fired: Tensor  # which latents were active for some token [d_latent], bool
+    active: Tensor  # active latents per token, on average
+
+
+class Objective(ABC):
+    """Squared error as a share of the variance, and what makes latents sparse."""
+
+    def __init__(self, settings: TrainingSettings, variance: float) -> None:
+        self.settings, self.variance = settings, variance
+
+    def prepare(self, autoencoder: Autoencoder) -> None:  # noqa: B027 - most have nothing to set
+        """Set what should not start at zero; called once, before the first step of a new run."""
+
+    @abstractmethod
+    def __call__(self, autoencoder: Autoencoder, x: Tensor, progress: float) -> Pass:
+        """Run a batch x [batch, d_in] (scaled). progress: share of all steps that are done."""
+
+    def sparsity(self, progress: float) -> float:
+        """The weight of the sparsity penalty; it grows at the start, since a whole one at once kills latents."""
+        return (self.settings.sparsity or 0.0) * min(1.0, progress / _RAMP)
+
+    def unexplained(self, x: Tensor, reconstruction: Tensor) -> Tensor:
+        """‖x − reconstruction‖² per token, as a share of the variance."""
+        return (x - reconstruction.to(x.dtype)).square().sum(-1).mean() / self.variance
+
+
+def dense_pass(loss: Tensor, reconstruction: Tensor, h: Tensor, latents: Tensor) -> Pass:
+    """A pass whose latents [batch, d_latent] are dense."""
+    on = latents.detach() != 0
+    return Pass(loss, reconstruction, h, on.any(0), on.sum(-1).float().mean())
+
+
+def auxiliary_loss(autoencoder: Autoencoder, x: Tensor, done: Pass, dead: Tensor, k: int) -> Tensor:
+    """How badly the k most active dead latents of each token predict what the living ones leave over.
+
+    AuxK of Gao et al. 2024 (appendix A.2), as a share of the error's own variance; zero when none is dead.
+
+    Args:
+        dead: which latents are dead [d_latent], bool.
+        k: dead latents used per token; all when there are fewer.
+    """
+    which = dead.nonzero()[:, 0]
+    if not len(which):
+        return x.new_zeros(())
+    error = (x - done.reconstruction.to(x.dtype)).detach()
+    h = done.pre_activations[:, which]
+    values, index = h.topk(min(k, len(which)), dim=-1)
+    latents = torch.zeros_like(h).scatter(-1, index, values.relu())
+    predicted = (latents @ autoencoder.W_dec[which].to(latents.dtype)).to(x.dtype)
+    spread = (error - error.mean(0)).square().sum(-1).mean()
+    return (error - predicted).square().sum(-1).mean() / spread.clamp(min=torch.finfo(x.dtype).tiny)

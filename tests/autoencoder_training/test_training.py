@@ -1,0 +1,199 @@
+"""Training: the stream loses nothing, an interruption changes nothing, and planted directions are found."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from autoencoder_training.small import ACTIVATIONS, STREAM, byte_model, planted_directions, settings, text
+
+from neuron_lens.autoencoder_training import ActivationStream, Trainer, train_autoencoder
+from neuron_lens.autoencoder_training.objectives import Pass, auxiliary_loss
+from neuron_lens.autoencoder_training.objectives.jumprelu import step_function
+from neuron_lens.autoencoder_training.stream import rows_of_split
+from neuron_lens.autoencoders import Autoencoder, AutoencoderConfig, load_autoencoder
+from neuron_lens.errors import CheckpointError, ConfigError, HookError, RequestError
+
+MODEL = byte_model()
+CORPUS = text()
+
+
+def stream(**changes: object) -> ActivationStream:
+    return ActivationStream(
+        MODEL, CORPUS, STREAM, 1, **{"batch_tokens": 64, "buffer_tokens": 150, "seed": 0, **changes}
+    )
+
+
+def test_a_stream_taken_up_anywhere_gives_what_it_would_have_given() -> None:
+    whole = list(itertools.islice(stream().batches(), 30))  # more than an epoch
+    for start in (0, 1, 5, 17, 29):
+        for a, b in zip(stream().batches(start), whole[start:], strict=False):
+            assert torch.equal(a, b)
+    assert not torch.equal(next(iter(stream(seed=1).batches())), whole[0])
+
+
+def test_an_epoch_holds_every_training_token_once_and_no_other() -> None:
+    one = stream(buffer_tokens=10**6)
+    one.buffer_tokens = one.tokens_per_epoch
+    held = one.buffer(0)
+    expected = []
+    for row in rows_of_split(MODEL, CORPUS, "train", 0):
+        ids = torch.as_tensor(row.ids).long()[None]
+        expected.append(MODEL(ids, stop_at_layer=2)[0, row.keep_from :].detach())
+    expected = torch.cat(expected)
+    assert held.shape == expected.shape == (one.tokens_per_epoch, 16)
+    assert not torch.allclose(held, expected, atol=1e-3), "it is shuffled"
+    order = [rows[:, 0].argsort() for rows in (held, expected)]
+    torch.testing.assert_close(held[order[0]], expected[order[1]], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_interrupted_equals_uninterrupted(kind: str, tmp_path: Path) -> None:
+    whole = train_autoencoder(MODEL, CORPUS, settings(kind), tmp_path / "whole", progress=False)
+    for steps in (5, 1, 4, None):
+        Trainer(MODEL, CORPUS, settings(kind), tmp_path / "parts").run(
+            steps=steps, progress=False, checkpoint_every=3
+        )
+    again = Trainer(MODEL, CORPUS, settings(kind), tmp_path / "parts")
+    assert again.step == settings(kind).n_steps == 12
+    for name, tensor in again.finish().state_dict().items():
+        assert torch.equal(tensor, whole.state_dict()[name]), name
+    curves = [json.loads((tmp_path / run / "training.json").read_text())["curve"] for run in ("whole", "parts")]
+    assert curves[0] == curves[1] and len(curves[0]) == 12
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_planted_directions_are_found(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = planted_directions()
+
+    def activations(self, rows):  # type: ignore[no-untyped-def]
+        n = sum(len(row.ids) - row.keep_from for row in rows)
+        draw = torch.Generator().manual_seed(rows[0].document * 1000 + rows[0].start + n)
+        on = torch.rand(n, len(truth), generator=draw) < 0.08
+        return (on * (1 + torch.rand(n, len(truth), generator=draw))) @ truth * 5 + 2.0
+
+    monkeypatch.setattr(ActivationStream, "_activations", activations)
+    sparsity = {"jumprelu": {"sparsity": 0.02}, "gated": {"sparsity": 2.5}, "relu": {"sparsity": 2.5}}.get(kind, {})
+    k = {"k": 2} if "k" in ACTIVATIONS[kind] else {}
+    chosen = settings(
+        kind, n_tokens=500 * 256, batch_tokens=256, buffer_tokens=600, dead_after=3000, seed=1, **sparsity, **k
+    )
+    sae = train_autoencoder(MODEL, CORPUS, chosen, tmp_path, progress=False)
+    found = (truth @ sae.W_dec.T / sae.W_dec.norm(dim=-1)).amax(-1)
+    curve = json.loads((tmp_path / "training.json").read_text())["curve"]
+    print(kind, found.sort().values, curve[-1])
+    assert found.median() > 0.9 and found.mean() > 0.85
+    assert curve[-1]["variance_explained"] > 0.75 > curve[0]["variance_explained"]
+    assert 0.8 < curve[-1]["l0"] < 6
+
+
+def test_the_scale_of_training_is_folded_in_and_others_can_read_it(tmp_path: Path) -> None:
+    trainer = Trainer(MODEL, CORPUS, settings("topk"), tmp_path)
+    trainer.run(progress=False)
+    finished, x = trainer.finish(), trainer.stream.buffer(0)
+    assert trainer.scale != pytest.approx(1.0, rel=0.05)
+    assert float((x * trainer.scale).norm(dim=-1).mean()) == pytest.approx(16**0.5)
+    expected = trainer.autoencoder.eval()(x * trainer.scale) / trainer.scale
+    torch.testing.assert_close(finished(x), expected, atol=1e-4, rtol=1e-4)
+    read = load_autoencoder(tmp_path, "saelens")
+    torch.testing.assert_close(read(x), finished(x), atol=1e-5, rtol=1e-5)
+    assert read.config.site_in == finished.config.site_in
+    assert read.W_dec.norm(dim=-1).mul(trainer.scale).sub(1).abs().max() < 1e-5
+
+
+def test_the_auxiliary_loss_teaches_dead_latents_only() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sae = Autoencoder(AutoencoderConfig(d_in=4, d_latent=6, activation="topk", k=1), generator=generator)
+    x = torch.randn(5, 4, generator=generator)
+    h = sae.pre_activations(x)
+    done = Pass(h.sum(), x * 0.5, h, torch.ones(6, dtype=torch.bool), h.sum())
+    assert auxiliary_loss(sae, x, done, torch.zeros(6, dtype=torch.bool), 2) == 0
+    dead = torch.tensor([False, True, False, True, True, False])
+    auxiliary_loss(sae, x, done, dead, 2).backward()
+    assert (sae.W_dec.grad[~dead] == 0).all() and (sae.W_enc.grad[:, ~dead] == 0).all()
+    assert (sae.W_dec.grad[dead] != 0).any()
+    # by hand: one dead latent
+    only = torch.zeros(6, dtype=torch.bool)
+    only[2] = True
+    error = x * 0.5
+    predicted = h[:, 2:3].relu() * sae.W_dec[2]
+    expected = (error - predicted).square().sum() / (error - error.mean(0)).square().sum()
+    assert auxiliary_loss(sae, x, done, only, 2).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_thresholds_pseudo_gradient_by_hand() -> None:
+    h = torch.tensor([[0.0, 0.9], [1.2, 1.04], [0.95, 3.0]], requires_grad=True)
+    threshold = torch.tensor([1.0, 1.0], requires_grad=True)
+    on = step_function(h, threshold, 0.2)
+    assert torch.equal(on, torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0]]))
+    (on * torch.tensor([[1.0], [10.0], [100.0]])).sum().backward()
+    # nearer than 0.1: 0.95 (weight 100) for the first latent, 1.04 (weight 10) for the second; each over 0.2
+    torch.testing.assert_close(threshold.grad, torch.tensor([-500.0, -50.0]), rtol=1e-4, atol=1e-3)
+    assert h.grad is None or not h.grad.any()
+
+
+def test_rates_rise_stay_and_fall() -> None:
+    chosen = settings(n_tokens=64 * 100, warm_up=0.1, decay=0.2, learning_rate=1.0)
+    rates = [chosen.rate_at(step) for step in range(100)]
+    assert rates[0] == 0.1 and rates[9:81] == [1.0] * 72 and rates[99] == pytest.approx(0.05)
+    assert settings(learning_rate=None, d_latent=2**14).peak_rate == pytest.approx(2e-4)
+
+
+def test_bfloat16_products_train_too(tmp_path: Path) -> None:
+    trainer = Trainer(MODEL, CORPUS, settings("topk", autocast=True), tmp_path)
+    trainer.run(progress=False)
+    assert trainer.finish().W_dec.dtype == torch.float32
+    assert trainer.curve[-1]["loss"] < trainer.curve[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": None}, "activation 'topk' needs k"),
+        ({"sparsity": 1.0}, "k says it"),
+        ({"activation": "relu"}, "k is for topk and batch_topk.*needs sparsity"),
+        ({"group_sizes": (20, 20)}, "trained with batch_topk"),
+        ({"warm_up": 0.6, "decay": 0.6}, "together at most 1"),
+        ({"n_tokens": 3}, "less than one batch"),
+        ({"widht": 3}, "widht"),
+    ],
+)
+def test_settings_that_contradict_themselves_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settings(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"layer": 3}, RequestError, "has layers 0 to 2"),
+        ({"layer": None}, RequestError, "say which"),
+        ({"site": "resid.post_emb"}, RequestError, "belongs to no layer"),
+        ({"site": "resid.torso.post_mpl"}, HookError, "did you mean"),
+        ({"site": "mlp.pre_linear"}, RequestError, "never fires"),
+        ({"batch_tokens": 5000, "n_tokens": 5000}, RequestError, "less than one batch of 5000"),
+        ({"d_latent": 2}, ConfigError, "k is 3, but there are only 2"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused(
+    changes: dict, error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        Trainer(MODEL, CORPUS, settings(**changes), tmp_path)
+
+
+def test_checkpoints_of_other_runs_and_halves_are_refused(tmp_path: Path) -> None:
+    Trainer(MODEL, CORPUS, settings(), tmp_path).run(steps=1, progress=False)
+    with pytest.raises(RequestError, match="d_latent was 40, now 48"):
+        Trainer(MODEL, CORPUS, settings(d_latent=48), tmp_path)
+    with pytest.raises(RequestError, match="another corpus"):
+        Trainer(MODEL, text(seed=1), settings(), tmp_path)
+    file = tmp_path / "checkpoint.pt"
+    whole = file.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"nothing"):
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="delete it to begin anew"):
+            Trainer(MODEL, CORPUS, settings(), tmp_path)
