@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 # The one table of the public surface: name -> the module that defines it.
 _PUBLIC: dict[str, str] = {
+    "ActivationCache": "neuron_lens.faces.hooked_transformer",
     "AtHeads": "neuron_lens.hooks",
     "AtLayers": "neuron_lens.hooks",
     "AtPositions": "neuron_lens.hooks",
@@ -19,6 +20,11 @@ _PUBLIC: dict[str, str] = {
     "AtSteps": "neuron_lens.hooks",
     "AtUnits": "neuron_lens.hooks",
     "AutoencoderHooks": "neuron_lens.hooks",
+    "FactoredMatrix": "neuron_lens.weights",
+    "HookPoint": "neuron_lens.faces.hooked_transformer",
+    "HookedRootModule": "neuron_lens.faces.hooked_transformer",
+    "HookedTransformer": "neuron_lens.faces.hooked_transformer",
+    "HookedTransformerConfig": "neuron_lens.faces.hooked_transformer",
     "KVCache": "neuron_lens.transformer",
     "NeuronLensError": "neuron_lens.errors",
     "Transformer": "neuron_lens.transformer",

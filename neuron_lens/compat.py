@@ -37,13 +37,16 @@ _MODULES: dict[str, dict[str, str]] = {
     "HookedTransformerConfig": {"HookedTransformerConfig": f"{_FACE}.config"},
     "ActivationCache": {"ActivationCache": f"{_FACE}.activation_cache"},
     "FactoredMatrix": {"FactoredMatrix": "neuron_lens.weights"},
-    "head_detector": dict.fromkeys(("detect_head", "compute_head_attention_similarity_score"), f"{_FACE}.head_detector"),
+    "head_detector": dict.fromkeys(
+        ("detect_head", "compute_head_attention_similarity_score"), f"{_FACE}.head_detector"
+    ),
     "past_key_value_caching": {"HookedTransformerKeyValueCache": f"{_FACE}.kv_cache"},
     "train": dict.fromkeys(("train", "HookedTransformerTrainConfig"), f"{_FACE}.train"),
     "SVDInterpreter": {"SVDInterpreter": f"{_FACE}.svd_interpreter"},
 }
 # These resolve to a module of ours as a whole.
 _WHOLE = {"utils": f"{_FACE}.utils", "evals": f"{_FACE}.evals", "utilities": f"{_FACE}.utils"}
+_WHOLE |= {"patching": f"{_FACE}.patching"}
 
 # What people look for and we do not offer -> what to use instead.
 _INSTEAD = {
@@ -51,7 +54,6 @@ _INSTEAD = {
     "HookedEncoderDecoder": "encoder-decoder models are not offered",
     "HookedAudioEncoder": "audio models are not offered",
     "BertNextSentencePrediction": "encoder models are not offered",
-    "patching": "use neuron_lens.interventions (Patch, sweep)",
     "TransformerBridge": "use HookedTransformer",
     "model_bridge": "use HookedTransformer",
     "EasyTransformer": "use HookedTransformer",

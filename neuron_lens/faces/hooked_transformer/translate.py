@@ -84,12 +84,28 @@ class _PointsAtSite(SiteAware):
                 elif shared:
                     x, shared = x.clone(), False
                 x = _checked(x, point.call(handle, x), point, handle)
+        except IndexError as error:
+            explained = _position_error(error, point, context, x)
+            if explained is error:
+                raise
+            raise explained from error
         finally:
             state["run"] = None
         return x
 
     def tree_lines(self, indent: int = 0) -> list[str]:
         return ["  " * indent + str(point.name) for point, _ in self.points.values()]
+
+
+def _position_error(error: IndexError, point: HookPoint, context: dict[str, Any], x: Tensor) -> Exception:
+    """What an IndexError of a hook most likely means: a position that this step of a generation does not hold."""
+    run = context.get("run")
+    if run is None or not run.step:
+        return error
+    return HookError(
+        f"{point.name}: {error}. In step {run.step} of a generation with the key-value cache the tensor {list(x.shape)} holds "
+        "only the newest position: compare hook.run.positions() with the position meant, or pass use_past_kv_cache=False"
+    )
 
 
 def _holds(point: HookPoint) -> bool:

@@ -291,6 +291,15 @@ def test_hooks_know_their_positions_while_generating(lens: HookedTransformer, to
         with lens.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", at_position_11)]):
             results.append(lens.generate(tokens, max_new_tokens=4, do_sample=False, use_past_kv_cache=cached))
     assert torch.equal(*results)
+
+    def fifth(x: Tensor, hook: HookPoint) -> Tensor:
+        x[:, 5] = 0
+        return x
+
+    with lens.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", fifth)]):
+        assert lens.generate(tokens, max_new_tokens=2, use_past_kv_cache=False).shape == (2, 12)
+        with pytest.raises(HookError, match=r"only the newest position: compare hook\.run\.positions"):
+            lens.generate(tokens, max_new_tokens=2)
     assert seen[:4] == [(0, 10), (1, 1), (2, 1), (3, 1)]
 
 
