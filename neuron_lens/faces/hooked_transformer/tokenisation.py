@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from neuron_lens.errors import RequestError
 from neuron_lens.faces.hooked_transformer.engine_module import EngineModule
+from neuron_lens.faces.hooked_transformer.tokenizer_view import TokenizerView
 from neuron_lens.tokenizers import Tokenizer, as_tokenizer
 
 __all__ = ["PaddingSide", "Tokenisation"]
@@ -38,16 +40,16 @@ class Tokenisation(EngineModule):
 
     def set_tokenizer(self, tokenizer: Any, default_padding_side: PaddingSide = None) -> None:
         """Use a tokenizer: ours, one of tiktoken, transformers or tokenizers, or a path. It is not changed."""
+        tokenizer = tokenizer.inner if isinstance(tokenizer, TokenizerView) else tokenizer
         given = None if tokenizer is None else as_tokenizer(tokenizer)
         if given is not None and given.vocab_size > self.engine.config.d_vocab:
             raise RequestError(
                 f"the tokenizer {given.name} has ids up to {given.vocab_size - 1}, the model a vocabulary of "
                 f"{self.engine.config.d_vocab}"
             )
-        self._tokenizer, self._given_tokenizer = (
-            given,
-            tokenizer if given is None or not isinstance(tokenizer, str) else given,
-        )
+        self._tokenizer, self._given_tokenizer = given, tokenizer
+        if given is not None and (tokenizer is given or isinstance(tokenizer, str | os.PathLike)):
+            self._given_tokenizer = TokenizerView(given)
         self.engine.tokenizer = given
         if default_padding_side is not None:
             self.padding_side = default_padding_side

@@ -52,6 +52,19 @@ def test_bos_once_and_no_silent_cut(lens: HookedTransformer) -> None:
     assert lens.to_tokens("a").shape == (1, 2)
 
 
+def test_the_tokenizer_has_the_names_people_use(lens: HookedTransformer) -> None:
+    tokenizer = lens.tokenizer
+    assert (
+        tokenizer.bos_token_id == lens.to_tokens("a")[0, 0]
+        and tokenizer.decode(tokenizer.bos_token_id) == tokenizer.bos_token
+    )
+    assert tokenizer.batch_decode(torch.tensor([[97, 98]])) == ["ab"] and tokenizer.encode(
+        "ab", add_special_tokens=False
+    ) == [97, 98]
+    lens.tokenizer = tokenizer
+    assert lens.to_single_token("a") == 97
+
+
 def test_single_tokens(lens: HookedTransformer) -> None:
     assert lens.to_single_token("a") == 97 and lens.to_single_str_token(98) == "b"
     assert (
