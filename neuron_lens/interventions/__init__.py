@@ -1,12 +1,13 @@
 """Interventions as data, sweeps over them, patching and attribution.
 
 Reading order: tensors, places, declared, kinds, apply, store, runs; metrics, grid, sweep_plan, sweep_run,
-sweep; patching, path_patching.
+sweep; patching, path_patching; gradients.
 """
 
 from neuron_lens.interventions.apply import capture, mean_activations, to_hooks
 from neuron_lens.interventions.attention_knockout import AttentionKnockout
 from neuron_lens.interventions.declared import Intervention
+from neuron_lens.interventions.gradients import grad_at, jacobian_rows, jvp_at, vjp_at
 from neuron_lens.interventions.grid import Grid, grid
 from neuron_lens.interventions.kinds import (
     Add,
@@ -85,7 +86,10 @@ __all__ = [
     "generic_activation_patch",
     "get_act_patch_direct_path",
     "get_act_patch_direct_path_all_sources",
+    "grad_at",
     "grid",
+    "jacobian_rows",
+    "jvp_at",
     "load_interventions",
     "mean_activations",
     "path_patch",
@@ -94,4 +98,5 @@ __all__ = [
     "save_interventions",
     "sweep",
     "to_hooks",
+    "vjp_at",
 ]

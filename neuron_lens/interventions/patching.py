@@ -202,7 +202,8 @@ def _patched(
     )
     sizes = {"layer": config.n_layers, "position": length, "head": heads, "key": length}
     fields = {"layer": "layers", "position": "positions", "head": "heads", "key": "keys"}
-    cells = grid(site, patch_from=source, **{fields[axis]: range(sizes[axis]) for axis in axes})
+    places: dict[str, Any] = {fields[axis]: range(sizes[axis]) for axis in axes}
+    cells = grid(site, patch_from=source, **places)
     result = sweep(model, corrupted_tokens, cells, metric, **options)
     return _in_order(result, axes)
 

@@ -1,0 +1,108 @@
+"""Gradients by name agree with finite differences and with each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from neuron_lens.errors import RequestError
+from neuron_lens.hooks import TransformerHooks
+from neuron_lens.interventions import (
+    Add,
+    LogitDifference,
+    capture,
+    grad_at,
+    jacobian_rows,
+    jvp_at,
+    to_hooks,
+    vjp_at,
+)
+from tests.interventions.models import FAMILIES, everything, prompts, tiny_model
+
+METRIC = LogitDifference(3, 5)
+EARLY, LATE = "resid.torso.pre_attn", "mlp.post_act"
+
+
+def wide(family: str = "gpt2"):
+    return tiny_model(family).double()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_agree_with_finite_differences_at_every_site(family: str) -> None:
+    # float32 inside norms and softmaxes bounds the accuracy of differences
+    model, tokens = wide(family), prompts()
+    values = everything(model, tokens)
+    heads = {"resid.torso.attn_in", "attn.q_in", "attn.k_in", "attn.v_in"}
+    sites = sorted({site for site, _ in values} - heads - {"attn.qk_logits"})
+    gradients = {
+        **grad_at(model, tokens, METRIC, sites),
+        **grad_at(model, tokens, METRIC, ["attn.q_in", "attn.v_in"]),
+    }
+    generator = torch.Generator().manual_seed(0)
+    for site, layer in gradients:
+        if layer not in (None, 1):
+            continue
+        gradient = gradients[site, layer]
+        direction = torch.randn(gradient.shape, generator=generator, dtype=gradient.dtype)
+        direction /= direction.norm()
+        step = 1e-2
+
+        def moved(amount: float, site=site, layer=layer, direction=direction) -> float:
+            edit = Add(site=site, layers=layer, vector=direction * amount)
+            return float(METRIC(model(tokens, hooks=to_hooks(edit, model)), tokens).sum())
+
+        difference = (moved(step) - moved(-step)) / (2 * step)
+        assert float((gradient * direction).sum()) == pytest.approx(difference, abs=2e-3, rel=2e-2), (
+            site,
+            layer,
+        )
+
+
+def test_products_with_jacobians_are_adjoint() -> None:
+    model, tokens = wide("llama"), prompts()
+    generator = torch.Generator().manual_seed(0)
+    x, y = capture(model, tokens, EARLY)[EARLY, 0], capture(model, tokens, LATE)[LATE, 2]
+    tangent = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    cotangent = torch.randn(y.shape, generator=generator, dtype=y.dtype)
+    forward = jvp_at(model, tokens, {(EARLY, 0): tangent}, [LATE, "logits"], layers=2)
+    backward = vjp_at(model, tokens, {(LATE, 2): cotangent}, EARLY, layers=0)
+    assert set(forward) == {(LATE, 2), ("logits", None)}
+    torch.testing.assert_close(
+        (forward[LATE, 2] * cotangent).sum(), (tangent * backward[EARLY, 0]).sum(), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_rows_of_a_jacobian_are_vector_products() -> None:
+    model, tokens = tiny_model(), prompts()
+    entries = [(3, 5), (-1, 0), (0, 2)]
+    found = jacobian_rows(model, tokens, (LATE, 1), entries, [EARLY, "attn.k"], layers=[0, 1])
+    assert found[EARLY, 0].shape == (3, 2, 7, 16)
+    for row, (position, unit) in enumerate(entries):
+        cotangent = torch.zeros(2, 7, 24)
+        cotangent[:, position, unit] = 1
+        expected = vjp_at(model, tokens, {(LATE, 1): cotangent}, [EARLY, "attn.k"], layers=[0, 1])
+        for place in expected:
+            torch.testing.assert_close(found[place][row], expected[place], atol=1e-5, rtol=1e-4)
+
+
+def test_what_a_metric_does_not_depend_on_has_gradient_zero_and_padding_none() -> None:
+    model, tokens = tiny_model(), prompts()
+    gradients = grad_at(model, tokens, LogitDifference(3, 5, position=2), [LATE, EARLY])
+    assert bool((gradients[EARLY, 1][:, 3:] == 0).all()) and bool((gradients[EARLY, 1][:, :3] != 0).any())
+    short = tokens[:, :5]
+    padded = torch.cat((torch.zeros(2, 2, dtype=torch.long), short), 1)
+    pad = torch.zeros(2, 7, dtype=torch.bool)
+    pad[:, :2] = True
+    alone = grad_at(model, short, METRIC, EARLY)
+    both = grad_at(model, padded, METRIC, EARLY, pad=pad)
+    torch.testing.assert_close(both[EARLY, 1][:, 2:], alone[EARLY, 1], atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_follow_interventions_and_refuse_misfits() -> None:
+    model, tokens = tiny_model(), prompts()
+    cut = TransformerHooks().append_to_path("resid.torso.delta_mlp.fwd", torch.zeros_like)
+    assert bool((grad_at(model, tokens, METRIC, LATE, hooks=cut)[LATE, 1] == 0).all())
+    with pytest.raises(RequestError, match="the cotangent of"):
+        vjp_at(model, tokens, {(LATE, 1): torch.ones(2, 7, 3)}, EARLY)
+    with pytest.raises(RequestError, match="no entry of"):
+        jacobian_rows(model, tokens, (LATE, 1), [(9, 0)], EARLY)
