@@ -137,7 +137,19 @@ class TransformerHooks(HookCollection):
 
     def hooked_sites(self) -> list[FwdBwdHooks]:
         """Sites that hold at least one hook, in computation order."""
-        return [site for site in self.sites() if site.has_any()]
+        found: list[FwdBwdHooks] = []
+        _gather_hooked(self, found)
+        return found
+
+
+def _gather_hooked(node: HookCollection, found: list[FwdBwdHooks]) -> None:
+    # asked at the start of every pass, so it appends to one list instead of passing each site up through generators
+    for child in node._children.values():
+        if isinstance(child, FwdBwdHooks):
+            if child.has_any():
+                found.append(child)
+        elif isinstance(child, HookCollection):
+            _gather_hooked(child, found)
 
 
 def _adopt(node: HookCollection) -> None:

@@ -40,7 +40,8 @@ class HookCollection:
 
         Raises HookError when the name is taken or is not an identifier.
         """
-        if not name.isidentifier() or hasattr(self, name):
+        # not hasattr(self, …): __getattr__ would look for near names on every call
+        if not name.isidentifier() or name in self.__dict__ or hasattr(type(self), name):
             raise HookError(
                 f"cannot add sub-hooks {name!r} to {self._path or 'the tree'}: not a free attribute name"
             )
@@ -152,7 +153,11 @@ class HookCollection:
 
     def acts_at(self, layer: int | None) -> bool:
         """True when some hook below may run at this layer (None: at any layer)."""
-        return any(chain._hooks and chain.acts_at(layer) for _, chain in self.chains())
+        # asked by every norm of every pass, so it walks the children and spells out no paths
+        for child in self._children.values():  # noqa: SIM110 - a generator costs more than the answer
+            if child.acts_at(layer):
+                return True
+        return False
 
     def record(
         self,
@@ -288,9 +293,10 @@ class FwdBwdHooks(HookCollection):
         return bool(self.fwd._hooks or self.bwd._hooks or self.fwd2._hooks)
 
     def acts_at(self, layer: int | None) -> bool:
-        return self.has_any() and (
-            self.fwd.acts_at(layer) or self.bwd.acts_at(layer) or self.fwd2.acts_at(layer)
-        )
+        fwd, bwd, fwd2 = self.fwd, self.bwd, self.fwd2
+        if not (fwd._hooks or bwd._hooks or fwd2._hooks):
+            return False
+        return fwd.acts_at(layer) or bwd.acts_at(layer) or fwd2.acts_at(layer)
 
     def __call__(self, x: Tensor, **context: Any) -> Tensor:
         if self.fwd._hooks:
