@@ -56,12 +56,14 @@ class ResolvedPositions:
         columns: column of each selected position [batch, selected], the groups one after another; a row that has fewer
             than others repeats its last real column.
         mask: false where a row has fewer positions than others [batch, selected].
+        starts: column of each row's position 0 [batch].
     """
 
     names: tuple[Name, ...]
     positions: tuple[tuple[tuple[int, ...], ...], ...]
     columns: Tensor
     mask: Tensor
+    starts: Tensor
 
     @property
     def rectangular(self) -> bool:
@@ -329,5 +331,9 @@ def _with_columns(
             mask[row] += [True] * len(found) + [False] * missing
     device = tokens.device
     return ResolvedPositions(
-        names, positions, torch.tensor(columns, device=device), torch.tensor(mask, device=device)
+        names,
+        positions,
+        torch.tensor(columns, device=device),
+        torch.tensor(mask, device=device),
+        torch.tensor(starts, device=device),
     )
