@@ -32,19 +32,19 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "model_defs" / "pico"
 SHIPPED = FOLDER / "sae"
 BEGIN, END = "<!-- sae -->", "<!-- /sae -->"
-EVALUATED_TOKENS = 100_000
+EVALUATED_TOKENS = 40_000
 
 SETTINGS = TrainingSettings(
     site="resid.torso.post_mlp",
     layer=2,
-    d_latent=3072,
+    d_latent=2048,
     activation="topk",
     k=24,
-    n_tokens=6_000_000,
-    batch_tokens=2048,
+    n_tokens=1_200_000,
+    batch_tokens=1024,
     buffer_tokens=65_536,
-    learning_rate=8e-4,
-    dead_after=250_000,
+    learning_rate=1e-3,
+    dead_after=100_000,
     seed=0,
 )
 
@@ -68,7 +68,7 @@ def card(evaluation: Evaluation, settings: TrainingSettings) -> str:
 
 `sae/` holds a top-k sparse autoencoder for the residual stream after layer {settings.layer}
 (`{settings.site}`): 192 → {e.d_latent:,} latents, k = {settings.k}, in SAELens' format and float16.
-Trained by `scripts/train_pico_sae.py` on {settings.n_tokens / 1e6:.0f} million tokens of the files that
+Trained by `scripts/train_pico_sae.py` on {settings.n_tokens / 1e6:.1f} million tokens of the files that
 pico was trained on, seed {settings.seed}.
 
 On {e.n_tokens:,} tokens of held-out files:

@@ -64,7 +64,8 @@ class _SumOfRows(torch.autograd.Function):
     """embedding_bag with a gradient that can itself be differentiated, batched and pushed forward.
 
     torch's own kernel has neither a second derivative nor forward mode nor a batching rule. The gradients go
-    one active latent at a time, so that no [..., active, d_out] tensor is ever made.
+    one active latent at a time, so that no [..., active, d_out] tensor is ever made; where nobody will
+    differentiate them (the usual backward pass), by faster kernels that cannot be differentiated.
     """
 
     @staticmethod
@@ -79,6 +80,12 @@ class _SumOfRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         values, indices, rows = ctx.saved_tensors
+        if not torch.is_grad_enabled() and not torch._C._functorch.is_functorch_wrapped_tensor(grad):
+            return (
+                _grad_values(grad, indices, rows) if ctx.needs_input_grad[0] else None,
+                None,
+                _grad_rows(grad, values, indices, rows) if ctx.needs_input_grad[2] else None,
+            )
         each = range(values.shape[-1])
         grad_values = grad_rows = None
         if ctx.needs_input_grad[0]:
@@ -116,3 +123,33 @@ class _SumOfRows(torch.autograd.Function):
             indices = indices + first.reshape(-1, *[1] * (indices.ndim - 1))
             rows = rows.flatten(0, 1)
         return sum_of_rows(values, indices, rows), 0
+
+
+_CHUNK = 2**20  # numbers gathered at a time, few enough to stay in a processor's cache
+
+
+def _grad_values(grad: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
+    """grad · rows[indices[..., j]] for every j [..., active]."""
+    active = indices.shape[-1]
+    flat, flat_indices = grad.reshape(-1, rows.shape[-1], 1), indices.reshape(-1, active)
+    size = max(1, _CHUNK // (active * rows.shape[-1]))
+    parts = [
+        torch.bmm(rows[some], each)
+        for some, each in zip(flat_indices.split(size), flat.split(size), strict=True)
+    ]
+    return torch.cat(parts).reshape(indices.shape) if parts else grad.new_zeros(indices.shape)
+
+
+def _grad_rows(grad: Tensor, values: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
+    """Σ values[i, j] * grad[i] over the (i, j) that chose each row [d_latent, d_out]: one bag for each row."""
+    wide = torch.promote_types(rows.dtype, torch.float32)  # thousands of bfloat16 terms would be lost
+    order = indices.reshape(-1).argsort()
+    counts = torch.bincount(indices.reshape(-1), minlength=len(rows))
+    summed = F.embedding_bag(
+        order // indices.shape[-1],
+        grad.reshape(-1, rows.shape[-1]).to(wide),
+        counts.cumsum(0) - counts,
+        per_sample_weights=values.reshape(-1)[order].to(wide),
+        mode="sum",
+    )
+    return summed.to(rows.dtype)
