@@ -180,7 +180,7 @@ def jacobian_rows(
             raise RequestError(
                 f"row {tuple(entry)} is no entry of {shown_place(of)}, which is [batch, {', '.join(map(str, sizes))}]"
             )
-        vectors[(index, slice(None), *entry)] = 1
+        vectors[index].movedim(0, -1)[tuple(map(int, entry))] = 1
     places = list(kept)
     zeros = {key: kept[key].new_zeros(len(rows), *kept[key].shape) for key in places}
     if not value.requires_grad or not rows:
