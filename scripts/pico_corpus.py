@@ -111,8 +111,12 @@ def token_stream(texts: list[str], encoding) -> np.ndarray:
 
 
 def write_sample(held_out: list[tuple[str, str]], path: Path, limit: int) -> int:
-    """Write held-out files, those of a hash order first, until `limit` characters; returns how many files."""
-    ordered = sorted(held_out, key=lambda d: hashlib.sha256(d[0].encode()).hexdigest())
+    """Write held-out files, those of a hash order first, until `limit` characters; returns how many files.
+
+    The tables of `encodings/` are left out: they are long and all alike.
+    """
+    readable = [document for document in held_out if not document[0].startswith("encodings/")]
+    ordered = sorted(readable, key=lambda d: hashlib.sha256(d[0].encode()).hexdigest())
     chosen, total = [], 0
     for name, text in ordered:
         if total + len(text) <= limit:
