@@ -1,13 +1,17 @@
 """Interventions as data, sweeps over them, patching and attribution.
 
 Reading order: tensors, places, declared, kinds, apply, store, runs; metrics, grid, sweep_plan, sweep_run,
-sweep; patching, path_patching; gradients.
+sweep; patching, path_patching; gradients; graph,
+circuits, attribution.
 """
 
 from neuron_lens.interventions.apply import capture, mean_activations, to_hooks
 from neuron_lens.interventions.attention_knockout import AttentionKnockout
+from neuron_lens.interventions.attribution import attribute_edges, attribution_patch, exact_edge_effects
+from neuron_lens.interventions.circuits import Ablation, CircuitScore, run_circuit, score_circuit
 from neuron_lens.interventions.declared import Intervention
 from neuron_lens.interventions.gradients import grad_at, jacobian_rows, jvp_at, vjp_at
+from neuron_lens.interventions.graph import Circuit, Edge, GraphShape
 from neuron_lens.interventions.grid import Grid, grid
 from neuron_lens.interventions.kinds import (
     Add,
@@ -49,13 +53,18 @@ from neuron_lens.interventions.sweep_result import SweepResult
 from neuron_lens.interventions.tensors import Activations, TensorData
 
 __all__ = [
+    "Ablation",
     "Activations",
     "Add",
     "AttentionKnockout",
+    "Circuit",
+    "CircuitScore",
     "Clamp",
     "CrossEntropy",
+    "Edge",
     "EditLatents",
     "Freeze",
+    "GraphShape",
     "Grid",
     "Intervention",
     "KLDivergence",
@@ -81,7 +90,10 @@ __all__ = [
     "TokenRank",
     "TokenText",
     "Zero",
+    "attribute_edges",
+    "attribution_patch",
     "capture",
+    "exact_edge_effects",
     "frozen_sites",
     "generic_activation_patch",
     "get_act_patch_direct_path",
@@ -95,7 +107,9 @@ __all__ = [
     "path_patch",
     "record",
     "replay",
+    "run_circuit",
     "save_interventions",
+    "score_circuit",
     "sweep",
     "to_hooks",
     "vjp_at",

@@ -1,0 +1,168 @@
+"""Edges: exact ablation obeys its laws, attribution is exact where the model is linear, circuits are data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from neuron_lens.errors import RequestError
+from neuron_lens.interventions import (
+    Ablation,
+    Circuit,
+    Freeze,
+    GraphShape,
+    LogitDifference,
+    Patch,
+    Receiver,
+    Sender,
+    attribute_edges,
+    attribution_patch,
+    capture,
+    exact_edge_effects,
+    path_patch,
+    run_circuit,
+    score_circuit,
+    to_hooks,
+)
+from tests.interventions.models import FAMILIES, prompts, tiny_model
+
+METRIC = LogitDifference(3, 5)
+ADDITIVE = [family for family in FAMILIES if family != "sandwich"]
+
+
+@pytest.mark.parametrize("family", ADDITIVE)
+def test_all_edges_are_the_model_and_none_the_other_run(family: str) -> None:
+    model, tokens, others = tiny_model(family), prompts(seed=1), prompts(seed=2)
+    every = Circuit(GraphShape.of(model.config))
+    patch = Ablation("patch", others)
+    torch.testing.assert_close(
+        run_circuit(model, tokens, every, patch, METRIC), METRIC(model(tokens), tokens)
+    )
+    nothing = run_circuit(model, tokens, every.complement(), patch, METRIC)
+    torch.testing.assert_close(nothing, METRIC(model(others), others), atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ADDITIVE)
+def test_one_edge_is_a_direct_path(family: str) -> None:
+    model, tokens, others = tiny_model(family), prompts(seed=1), prompts(seed=2)
+    every = Circuit(GraphShape.of(model.config))
+    pairs = [
+        ("head 0.2", "q 2.1", Sender(part="head", layer=0, head=2), Receiver(part="q", layer=2, head=1)),
+        ("embedding", "v 1.0", Sender(part="embedding"), Receiver(part="v", layer=1, head=0)),
+        ("mlp 1", "logits", Sender(part="mlp", layer=1), Receiver(part="logits")),
+        ("head 0.0", "mlp 1", Sender(part="head", layer=0, head=0), Receiver(part="mlp", layer=1)),
+    ]
+    for sender, receiver, one, other in pairs:
+        without = every.with_edges([(sender, receiver)]).complement()
+        cut = run_circuit(model, tokens, without, Ablation("patch", others), METRIC).mean()
+        direct = path_patch(model, tokens, others, [one], [other], METRIC).values()[0]
+        torch.testing.assert_close(cut, direct, atol=3e-5, rtol=1e-4, msg=f"{sender} -> {receiver}")
+
+
+@pytest.mark.parametrize("method", ["gradient", "integrated_inputs", "integrated_activations"])
+def test_edge_attribution_is_exact_where_the_model_is_linear(method: str) -> None:
+    # without norms and MLPs, and with patterns held, the logits are linear in everything that is written
+    model = tiny_model(norm="none", mlp="none", n_layers=2)
+    tokens, others = prompts(seed=1), prompts(seed=2)
+    held = to_hooks(Freeze(site="attention_pattern", source=capture(model, tokens, "attn.qk_probs")), model)
+    for ablation in (Ablation("patch", others), Ablation("resample", others, seed=3), Ablation("zero")):
+        if ablation.kind == "zero" and method == "integrated_inputs":
+            continue
+        estimated = attribute_edges(model, tokens, ablation, METRIC, method=method, steps=2, hooks=held)
+        exact = exact_edge_effects(model, tokens, ablation, METRIC, hooks=held)
+        torch.testing.assert_close(estimated.scores, exact.scores, atol=2e-5, rtol=1e-3)
+        assert float(exact.scores.abs().max()) > 1e-3
+
+
+def test_edge_attribution_orders_edges_as_the_exact_effects_do() -> None:
+    model = tiny_model("llama", n_layers=2)
+    tokens, others = prompts(4, seed=1), prompts(4, seed=1).clone()
+    others[:, 2] = (others[:, 2] + 1) % 23
+    ablation = Ablation("patch", others)
+    exact = exact_edge_effects(model, tokens, ablation, METRIC)
+    possible = exact.shape.possible
+
+    def ranks(x: torch.Tensor) -> torch.Tensor:
+        return x[possible].abs().argsort().argsort().double()
+
+    for method in ("gradient", "integrated_inputs", "integrated_activations"):
+        estimated = attribute_edges(model, tokens, ablation, METRIC, method=method, steps=4)
+        correlation = torch.corrcoef(torch.stack((ranks(estimated.scores), ranks(exact.scores))))[0, 1]
+        assert float(correlation) > 0.6, method
+
+
+def test_attribution_patching_of_nodes_is_exact_to_first_order() -> None:
+    model, tokens = tiny_model(), prompts(seed=1)
+    here = capture(model, tokens, ["attn.v_out", "mlp.post_act"])
+    step = 1e-2
+    near = {
+        place: here[place]
+        + step * torch.randn(here[place].shape, generator=torch.Generator().manual_seed(place[1]))
+        for place in here
+    }
+    estimates = attribution_patch(model, tokens, near_source := type(here)(near), METRIC)
+    plain = METRIC(model(tokens), tokens)
+    for site, layer in (("attn.v_out", 0), ("mlp.post_act", 1)):
+        patched = model(tokens, hooks=to_hooks(Patch(site=site, layers=layer, source=near_source), model))
+        exact = METRIC(patched, tokens) - plain
+        torch.testing.assert_close(estimates[site, layer].flatten(1).sum(1), exact, atol=3e-3, rtol=0.1)
+
+
+def test_faithfulness_and_completeness_have_their_ends() -> None:
+    model, tokens, others = tiny_model(), prompts(seed=1), prompts(3, seed=2)
+    every = Circuit(GraphShape.of(model.config))
+    for ablation in (Ablation("zero"), Ablation("mean", others), Ablation("resample", others)):
+        whole = score_circuit(model, tokens, every, ablation, METRIC)
+        assert whole.faithfulness == pytest.approx(1) and whole.completeness == pytest.approx(1)
+        nothing = score_circuit(model, tokens, every.complement(), ablation, METRIC)
+        assert nothing.faithfulness == pytest.approx(0) and nothing.completeness == pytest.approx(0)
+
+
+def test_pruning_keeps_what_it_says() -> None:
+    model, tokens, others = tiny_model("llama"), prompts(seed=1), prompts(seed=2)
+    scored = attribute_edges(model, tokens, Ablation("patch", others), METRIC)
+    best = scored.top(20)
+    assert len(best) == 20
+    assert float(best.scores[best.kept].abs().min()) >= float(
+        scored.scores[scored.shape.possible & ~best.kept].abs().max()
+    )
+    threshold = float(best.scores[best.kept].abs().min())
+    assert torch.equal(scored.above(threshold).kept, best.kept)
+    grown = scored.greedy(20)
+    assert len(grown) == 20
+    reached = grown.pruned()
+    # every edge of a greedy circuit leads to the logits: pruning takes only those that nothing feeds
+    assert set(reached.nodes()) <= set(grown.nodes()) and torch.equal(reached.pruned().kept, reached.kept)
+    lonely = scored.with_edges([("head 0.1", "q 1.0"), ("embedding", "logits")]).pruned()
+    assert [(edge.sender, edge.receiver) for edge in lonely.edges()] == [("embedding", "logits")]
+    chain = scored.with_edges([("embedding", "v 0.0"), ("head 0.1", "logits")]).pruned()
+    assert len(chain) == 2, "kv head 0 feeds heads 0 and 1"
+
+
+def test_circuits_are_stored_and_loaded(tmp_path) -> None:
+    model, tokens, others = tiny_model("llama"), prompts(seed=1), prompts(seed=2)
+    scored = attribute_edges(model, tokens, Ablation("patch", others), METRIC).top(11)
+    scored.save(tmp_path / "circuit.json")
+    assert Circuit.load(tmp_path / "circuit.json") == scored
+    (tmp_path / "circuit.json").write_text('{"format": 1, "edges": [{}], "shape": {}}')
+    with pytest.raises(RequestError, match="n_layers"):
+        Circuit.load(tmp_path / "circuit.json")
+
+
+def test_what_makes_no_sense_is_refused() -> None:
+    model, tokens = tiny_model(), prompts()
+    every = Circuit(GraphShape.of(model.config))
+    with pytest.raises(RequestError, match="it reads before that writes"):
+        every.with_edges([("mlp 2", "q 1.0")])
+    with pytest.raises(RequestError, match=r"the graph has no 'head 9\.0'"):
+        every.with_edges([("head 9.0", "logits")])
+    with pytest.raises(RequestError, match="norms behind its sublayers"):
+        attribute_edges(tiny_model("sandwich"), tokens, Ablation("zero"), METRIC)
+    with pytest.raises(RequestError, match="give tokens"):
+        run_circuit(model, tokens, every, Ablation("mean"), METRIC)
+    with pytest.raises(RequestError, match="they must align"):
+        run_circuit(model, tokens, every, Ablation("patch", prompts(2, 5)), METRIC)
+    with pytest.raises(RequestError, match="of a graph of"):
+        run_circuit(tiny_model("llama"), tokens, every, Ablation("zero"), METRIC)
+    with pytest.raises(RequestError, match="has none for each row"):
+        attribute_edges(model, tokens, Ablation("zero"), METRIC, method="integrated_inputs")
