@@ -63,6 +63,8 @@ class Forward:
         if not isinstance(config, ExtractionConfig):
             raise RequestError(f"extraction_config must be an ExtractionConfig; got {config!r:.60}")
         where = resolve_positions(target_token_positions, batch.tokens, batch.pad, **batch.options())
+        if config.save_logits and not ragged:
+            where.require_rectangular()  # logits are never averaged
         rows = None
         if config.attn_pattern_row_positions is not None:
             wanted = list(config.attn_pattern_row_positions)

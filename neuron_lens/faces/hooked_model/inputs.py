@@ -11,7 +11,7 @@ from torch import Tensor
 from neuron_lens.errors import RequestError
 from neuron_lens.transformer.prompts import as_ids
 
-__all__ = ["MODEL_INPUTS", "as_tokens", "padded"]
+__all__ = ["MODEL_INPUTS", "MULTIMODAL", "as_tokens", "padded"]
 
 # Keys of a batch that the model takes; others are the user's own.
 MODEL_INPUTS = ("input_ids", "attention_mask")

@@ -120,12 +120,12 @@ def _keys(where: str, row: dict[str, Any], model: Transformer) -> list[str]:
         return [template]
     config = model.config
     count = config.n_kv_heads if template.startswith("kv_head") else config.n_heads
-    layers = _indices(where, "layers", row["layers"], config.n_layers)
-    heads = _indices(where, "heads", row["heads"], count) if holes == 2 else [None]
+    layers = indices_of(where, "layers", row["layers"], config.n_layers)
+    heads = indices_of(where, "heads", row["heads"], count) if holes == 2 else [None]
     return [template.format(*([layer] if head is None else [layer, head])) for layer in layers for head in heads]
 
 
-def _indices(where: str, column: str, given: Any, count: int) -> list[int]:
+def indices_of(where: str, column: str, given: Any, count: int) -> list[int]:
     if isinstance(given, str) and given == "all":
         return list(range(count))
     listed = list(given) if isinstance(given, list | tuple | range) else [given]
@@ -200,7 +200,7 @@ def _patch_keys(where: str, query: dict[str, Any], model: Transformer) -> list[s
     holes = str(template).count("{}")
     if not isinstance(template, str) or holes not in (1, 2):
         raise RequestError(f"{where}: activation_type must be a key with {{}} for the layer, such as 'resid_in_{{}}'; got {template!r}")
-    layers = _indices(where, "layers_to_patch", query["layers_to_patch"], model.config.n_layers)
+    layers = indices_of(where, "layers_to_patch", query["layers_to_patch"], model.config.n_layers)
     if holes == 1:
         return [template.format(layer) for layer in layers]
     return [template.format(layer, head) for layer in layers for head in range(model.config.n_heads)]
