@@ -19,6 +19,16 @@ from neuron_lens.hooks import AtLayers, TransformerHooks
 from neuron_lens.interventions.declared import axis_size, site_named
 from neuron_lens.interventions.grid import Grid, grid
 from neuron_lens.interventions.metrics import Metric
+from neuron_lens.interventions.patch_setters import (
+    SETTER_AXES,
+    Setter,
+    layer_head_dest_src_pos_pattern_patch_setter,
+    layer_head_pattern_patch_setter,
+    layer_head_pos_pattern_patch_setter,
+    layer_head_vector_patch_setter,
+    layer_pos_head_vector_patch_setter,
+    layer_pos_patch_setter,
+)
 from neuron_lens.interventions.sweep import sweep
 from neuron_lens.interventions.sweep_result import SweepResult
 from neuron_lens.interventions.tensors import Activations
@@ -78,7 +88,6 @@ SHORT_NAMES: dict[str, str] = {
 }
 
 AnyMetric = Metric | Callable[[Tensor], Any]
-Setter = Callable[[Tensor, Sequence[int], Tensor], Tensor]
 
 
 class _Patching(Protocol):
@@ -92,53 +101,6 @@ class _Patching(Protocol):
     ) -> Tensor: ...
 
 
-def layer_pos_patch_setter(corrupted: Tensor, index: Sequence[int], clean: Tensor) -> Tensor:
-    """index (layer, pos): that position of [batch, pos, …]."""
-    corrupted[:, index[1]] = clean[:, index[1]]
-    return corrupted
-
-
-def layer_pos_head_vector_patch_setter(corrupted: Tensor, index: Sequence[int], clean: Tensor) -> Tensor:
-    """index (layer, pos, head): that head at that position of [batch, pos, head, d_head]."""
-    corrupted[:, index[1], index[2]] = clean[:, index[1], index[2]]
-    return corrupted
-
-
-def layer_head_vector_patch_setter(corrupted: Tensor, index: Sequence[int], clean: Tensor) -> Tensor:
-    """index (layer, head): that head at all positions of [batch, pos, head, d_head]."""
-    corrupted[:, :, index[1]] = clean[:, :, index[1]]
-    return corrupted
-
-
-def layer_head_pattern_patch_setter(corrupted: Tensor, index: Sequence[int], clean: Tensor) -> Tensor:
-    """index (layer, head): that head's pattern in [batch, head, pos, key_pos]."""
-    corrupted[:, index[1]] = clean[:, index[1]]
-    return corrupted
-
-
-def layer_head_pos_pattern_patch_setter(corrupted: Tensor, index: Sequence[int], clean: Tensor) -> Tensor:
-    """index (layer, head, dest): that query's row of that head's pattern."""
-    corrupted[:, index[1], index[2]] = clean[:, index[1], index[2]]
-    return corrupted
-
-
-def layer_head_dest_src_pos_pattern_patch_setter(
-    corrupted: Tensor, index: Sequence[int], clean: Tensor
-) -> Tensor:
-    """index (layer, head, dest, src): that one entry of that head's pattern."""
-    corrupted[:, index[1], index[2], index[3]] = clean[:, index[1], index[2], index[3]]
-    return corrupted
-
-
-# What each setter's index means, so that it can be declared instead of called.
-SETTER_AXES: dict[Setter, tuple[str, ...]] = {
-    layer_pos_patch_setter: ("layer", "position"),
-    layer_pos_head_vector_patch_setter: ("layer", "position", "head"),
-    layer_head_vector_patch_setter: ("layer", "head"),
-    layer_head_pattern_patch_setter: ("layer", "head"),
-    layer_head_pos_pattern_patch_setter: ("layer", "head", "position"),
-    layer_head_dest_src_pos_pattern_patch_setter: ("layer", "head", "position", "key"),
-}
 INDEX_AXES = {
     "layer": "layer",
     "pos": "position",

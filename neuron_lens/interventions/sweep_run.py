@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from neuron_lens.errors import RequestError
-from neuron_lens.hooks import AtRows, Run, Site, TransformerHooks
-from neuron_lens.interventions.declared import HEAD_AXES, site_named
+from neuron_lens.hooks import AtRows, Run, TransformerHooks
+from neuron_lens.interventions.cells_edit import CellsEdit, PromptFrame
 from neuron_lens.interventions.metrics import BoundMetric
-from neuron_lens.interventions.places import At
 from neuron_lens.interventions.sweep_plan import PATTERNS, Group, Job, Part, place_free, row_bytes
 from neuron_lens.transformer import KVCache
 
@@ -87,13 +86,13 @@ class SweepRunner:
         whole: bool = False,
     ) -> None:
         self.model, self.tokens, self.pad, self.metrics = model, tokens, pad, metrics
-        self.autoencoders = autoencoders
         self.rows, self.length = tokens.shape
         self.columns = columns_read(metrics, self.rows, self.length, tokens.device)
         # nothing behind the last column read can matter; hooks of unknown reach see the whole prompt all the same
         self.stop = (
             self.length if self.columns is None or whole or pad is not None else int(self.columns.max()) + 1
         )
+        self.frame = PromptFrame(self.rows, self.length, pad, autoencoders)
         self.memory_budget = memory_budget
         self.clean: CleanRun | None = None
 
@@ -258,7 +257,7 @@ class SweepRunner:
                 used |= self._add_users_hooks(tree, job.hooks, layer, cell)
         for (_, path, _, _), parts in sorted(shared.items(), key=lambda item: item[0][0]):
             used = True
-            edit = CellsEdit(parts, path, self.rows, len(jobs), first, self)
+            edit = CellsEdit(parts, path, len(jobs), first, self.frame)
             tree.append_to_path(f"{path}.fwd", edit)
         return tree if used else None
 
@@ -342,108 +341,6 @@ class SweepRunner:
                 given = logits.gather(1, at[:, :, None].expand(-1, -1, logits.shape[-1]))
             values[name] = metric(given).float()
         return values
-
-
-class CellsEdit:
-    """One change in different places of different cells: the rows [cells · rows, …] of one pass, edited at once."""
-
-    def __init__(
-        self, parts: list[tuple[int, Part]], path: str, rows: int, cells: int, first: int, runner: SweepRunner
-    ) -> None:
-        self.parts, self.path, self.rows, self.cells, self.first, self.runner = (
-            parts,
-            path,
-            rows,
-            cells,
-            first,
-            runner,
-        )
-        self.site = Site(path, site_named(path).axes)
-        self.name = parts[0][1].intervention.label()
-
-    def __call__(self, x: Tensor, layer: int | None = None) -> Tensor:
-        runner = self.runner
-        blocks = x.unflatten(0, (self.cells, self.rows))
-        chosen = torch.tensor([cell for cell, _ in self.parts], device=x.device)
-        part = blocks[chosen]
-        at = At(
-            self.site,
-            layer,
-            start=self.first,
-            ends=runner.length if runner.pad is None else None,
-            positions=None
-            if runner.pad is None
-            else Run(self.rows, runner.length, pad=runner.pad).positions(x.device),
-            autoencoders=runner.autoencoders,
-        )
-        changed = self.parts[0][1].intervention.changed(part, at)
-        out = blocks.clone()
-        out[chosen] = torch.where(self._mask(part), changed, part).to(x.dtype)
-        return out.flatten(0, 1)
-
-    def _mask(self, x: Tensor) -> Tensor:
-        """Which part of x [cells, *axes] is meant; broadcasts to it."""
-        axes = self.site.axes or ()
-        masks: dict[int, Tensor] = {}  # by dimension of x
-        shape = [1] * x.dim()
-        pos = 1 + self.site.dim("pos")
-        masks[pos] = self._columns_mask(x, pos)
-        sizes = {1 + i: x.shape[1 + i] for i, _ in enumerate(axes)}
-        for dim, size in sizes.items():
-            axis = axes[dim - 1]
-            field = (
-                "heads" if axis in HEAD_AXES else "units" if dim == len(axes) and axis != "key_pos" else ""
-            )
-            if axis == "key_pos":
-                field = "keys"
-            given = [getattr(part.intervention, field) for _, part in self.parts] if field else []
-            if field == "keys" and not self.parts[0][1].intervention.selects_keys():
-                continue
-            if any(indices is not None for indices in given):
-                masks[dim] = self._axis_mask(given, size, dim, shape, x.device)
-        combined = masks.pop(pos)
-        for mask in masks.values():
-            combined = combined & mask
-        return combined
-
-    def _columns_mask(self, x: Tensor, pos: int) -> Tensor:
-        """Rows and columns meant, shaped to broadcast to x."""
-        columns = x.shape[pos]
-        mask = torch.zeros(len(self.parts), self.rows, columns, dtype=torch.bool, device=x.device)
-        cells, at = [], []
-        for index, (_, part) in enumerate(self.parts):
-            if part.columns is None:
-                assert part.mask is not None, "a part has columns or a mask"
-                mask[index] = part.mask[:, self.first : self.first + columns]
-                continue
-            for column in part.columns:
-                if self.first <= column < self.first + columns:
-                    cells.append(index)
-                    at.append(column - self.first)
-        if cells:
-            mask[torch.tensor(cells), :, torch.tensor(at)] = True
-        for index, (_, part) in enumerate(self.parts):
-            if part.intervention.rows is not None:
-                others = [row for row in range(self.rows) if row not in part.intervention.rows]
-                mask[index, others] = False
-        shape = [1] * x.dim()
-        shape[0], shape[1], shape[pos] = len(self.parts), self.rows, columns
-        return mask.view(shape)
-
-    def _axis_mask(
-        self, given: list[tuple[int, ...] | None], size: int, dim: int, shape: list[int], device: torch.device
-    ) -> Tensor:
-        mask = torch.zeros(len(given), size, dtype=torch.bool, device=device)
-        for index, indices in enumerate(given):
-            if indices is None:
-                mask[index] = True
-                continue
-            absolute = [i + self.runner.length if i < 0 else i for i in indices]
-            # keys behind the columns of a narrow pass are masked anyway
-            mask[index, [i for i in absolute if i < size]] = True
-        whole = list(shape)
-        whole[0], whole[dim] = len(given), size
-        return mask.view(whole)
 
 
 def columns_read(

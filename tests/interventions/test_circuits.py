@@ -69,8 +69,13 @@ def test_edge_attribution_is_exact_where_the_model_is_linear(method: str) -> Non
         if ablation.kind == "zero" and method == "integrated_inputs":
             continue
         estimated = attribute_edges(model, tokens, ablation, METRIC, method=method, steps=2, hooks=held)
-        exact = exact_edge_effects(model, tokens, ablation, METRIC, hooks=held)
-        torch.testing.assert_close(estimated.scores, exact.scores, atol=2e-5, rtol=1e-3)
+        # every fifth edge, to be quick
+        some = torch.arange(estimated.kept.numel()).view(estimated.kept.shape) % 5 == 0
+        chosen = Circuit(estimated.shape, None, some)
+        exact = exact_edge_effects(model, tokens, ablation, METRIC, chosen, hooks=held)
+        torch.testing.assert_close(
+            estimated.scores[chosen.kept], exact.scores[chosen.kept], atol=2e-5, rtol=1e-3
+        )
         assert float(exact.scores.abs().max()) > 1e-3
 
 
@@ -79,8 +84,10 @@ def test_edge_attribution_orders_edges_as_the_exact_effects_do() -> None:
     tokens, others = prompts(4, seed=1), prompts(4, seed=1).clone()
     others[:, 2] = (others[:, 2] + 1) % 23
     ablation = Ablation("patch", others)
-    exact = exact_edge_effects(model, tokens, ablation, METRIC)
-    possible = exact.shape.possible
+    shape = GraphShape.of(model.config)
+    some = torch.arange(shape.possible.numel()).view(shape.possible.shape) % 2 == 0
+    exact = exact_edge_effects(model, tokens, ablation, METRIC, Circuit(shape, None, some))
+    possible = exact.kept
 
     def ranks(x: torch.Tensor) -> torch.Tensor:
         return x[possible].abs().argsort().argsort().double()

@@ -1,0 +1,120 @@
+"""One hook for many cells: the same change in different places of different rows of one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuron_lens.hooks import Run, Site
+from neuron_lens.interventions.declared import HEAD_AXES, site_named
+from neuron_lens.interventions.places import At
+from neuron_lens.interventions.sweep_plan import Part
+
+__all__ = ["CellsEdit", "PromptFrame"]
+
+
+@dataclass(frozen=True, eq=False)
+class PromptFrame:
+    """The prompts that every cell runs: rows, columns, padding [rows, columns], and autoencoders by name."""
+
+    rows: int
+    length: int
+    pad: Tensor | None
+    autoencoders: Mapping[str, Any] | None
+
+    def at(self, site: Site, layer: int | None, first: int, device: torch.device) -> At:
+        """What an edit is told of a pass over the columns from `first` on."""
+        alike = self.pad is None
+        positions = None if alike else Run(self.rows, self.length, pad=self.pad).positions(device)
+        ends = self.length if alike else None
+        return At(site, layer, start=first, ends=ends, positions=positions, autoencoders=self.autoencoders)
+
+
+class CellsEdit:
+    """One change in different places of different cells: the rows [cells · rows, …] of one pass, edited at once."""
+
+    def __init__(
+        self, parts: list[tuple[int, Part]], path: str, cells: int, first: int, frame: PromptFrame
+    ) -> None:
+        self.parts, self.path, self.cells, self.first, self.frame = parts, path, cells, first, frame
+        self.rows = frame.rows
+        self.site = Site(path, site_named(path).axes)
+        self.name = parts[0][1].intervention.label()
+
+    def __call__(self, x: Tensor, layer: int | None = None) -> Tensor:
+        blocks = x.unflatten(0, (self.cells, self.rows))
+        chosen = torch.tensor([cell for cell, _ in self.parts], device=x.device)
+        part = blocks[chosen]
+        at = self.frame.at(self.site, layer, self.first, x.device)
+        changed = self.parts[0][1].intervention.changed(part, at)
+        out = blocks.clone()
+        out[chosen] = torch.where(self._mask(part), changed, part).to(x.dtype)
+        return out.flatten(0, 1)
+
+    def _mask(self, x: Tensor) -> Tensor:
+        """Which part of x [cells, *axes] is meant; broadcasts to it."""
+        axes = self.site.axes or ()
+        masks: dict[int, Tensor] = {}  # by dimension of x
+        shape = [1] * x.dim()
+        pos = 1 + self.site.dim("pos")
+        masks[pos] = self._columns_mask(x, pos)
+        sizes = {1 + i: x.shape[1 + i] for i, _ in enumerate(axes)}
+        for dim, size in sizes.items():
+            axis = axes[dim - 1]
+            field = (
+                "heads" if axis in HEAD_AXES else "units" if dim == len(axes) and axis != "key_pos" else ""
+            )
+            if axis == "key_pos":
+                field = "keys"
+            given = [getattr(part.intervention, field) for _, part in self.parts] if field else []
+            if field == "keys" and not self.parts[0][1].intervention.selects_keys():
+                continue
+            if any(indices is not None for indices in given):
+                masks[dim] = self._axis_mask(given, size, dim, shape, x.device)
+        combined = masks.pop(pos)
+        for mask in masks.values():
+            combined = combined & mask
+        return combined
+
+    def _columns_mask(self, x: Tensor, pos: int) -> Tensor:
+        """Rows and columns meant, shaped to broadcast to x."""
+        columns = x.shape[pos]
+        mask = torch.zeros(len(self.parts), self.rows, columns, dtype=torch.bool, device=x.device)
+        cells, at = [], []
+        for index, (_, part) in enumerate(self.parts):
+            if part.columns is None:
+                assert part.mask is not None, "a part has columns or a mask"
+                mask[index] = part.mask[:, self.first : self.first + columns]
+                continue
+            for column in part.columns:
+                if self.first <= column < self.first + columns:
+                    cells.append(index)
+                    at.append(column - self.first)
+        if cells:
+            mask[torch.tensor(cells), :, torch.tensor(at)] = True
+        for index, (_, part) in enumerate(self.parts):
+            if part.intervention.rows is not None:
+                others = [row for row in range(self.rows) if row not in part.intervention.rows]
+                mask[index, others] = False
+        shape = [1] * x.dim()
+        shape[0], shape[1], shape[pos] = len(self.parts), self.rows, columns
+        return mask.view(shape)
+
+    def _axis_mask(
+        self, given: list[tuple[int, ...] | None], size: int, dim: int, shape: list[int], device: torch.device
+    ) -> Tensor:
+        mask = torch.zeros(len(given), size, dtype=torch.bool, device=device)
+        for index, indices in enumerate(given):
+            if indices is None:
+                mask[index] = True
+                continue
+            absolute = [i + self.frame.length if i < 0 else i for i in indices]
+            # keys behind the columns of a narrow pass are masked anyway
+            mask[index, [i for i in absolute if i < size]] = True
+        whole = list(shape)
+        whole[0], whole[dim] = len(given), size
+        return mask.view(whole)
