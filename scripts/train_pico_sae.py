@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "model_defs" / "pico"
 SHIPPED = FOLDER / "sae"
 BEGIN, END = "<!-- sae -->", "<!-- /sae -->"
-EVALUATED_TOKENS = 40_000
+EVALUATED_TOKENS = 20_000
 
 SETTINGS = TrainingSettings(
     site="resid.torso.post_mlp",
@@ -40,10 +40,12 @@ SETTINGS = TrainingSettings(
     d_latent=2048,
     activation="topk",
     k=24,
-    n_tokens=1_200_000,
+    n_tokens=360 * 1024,
     batch_tokens=1024,
     buffer_tokens=65_536,
     learning_rate=1e-3,
+    warm_up=23.42 / 360,
+    decay=0.4,
     dead_after=100_000,
     seed=0,
 )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from neuron_lens.harvest.corpus import Corpus
     from neuron_lens.records import Unit
 
-__all__ = ["add", "run", "summary_table"]
+__all__ = ["add", "corpus_of", "run", "summary_table"]
 
 DEFAULT_MODEL = "pico"
 _SAMPLE = "pico/sample"  # in model_defs: text no shipped model was trained on
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     numbers = _neuron_numbers(arguments)
     out = arguments.out or Path("explanations") / Path(arguments.model).name
     _require_writable(out)
-    corpus = _corpus(arguments.corpus)
+    corpus = corpus_of(arguments.corpus)
     pipeline = _pipeline(arguments, corpus, out)
     units = _units(pipeline, arguments.layer, numbers, everything=arguments.all)
     result = pipeline.run(units)
@@ -93,7 +93,8 @@ def _pipeline(arguments: argparse.Namespace, corpus: Corpus, out: Path) -> Pipel
     )
 
 
-def _corpus(paths: Sequence[str] | None) -> Corpus:
+def corpus_of(paths: Sequence[str] | None) -> Corpus:
+    """The text that was named, or the shipped sample."""
     from neuron_lens.files.model_defs import model_defs_dir
     from neuron_lens.harvest.corpus import Corpus
 

@@ -25,7 +25,8 @@ def byte_model(seed: int = 0) -> Transformer:
 def text(n_documents: int = 12, length: int = 180, seed: int = 0) -> Corpus:
     draw = random.Random(seed)
     return Corpus.of_documents(
-        [Document(f"{i}", "".join(draw.choices("abcdef \n", k=length))) for i in range(n_documents)], "letters"
+        [Document(f"{i}", "".join(draw.choices("abcdef \n", k=length))) for i in range(n_documents)],
+        "letters",
     )
 
 

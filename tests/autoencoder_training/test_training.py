@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from autoencoder_training.small import ACTIVATIONS, STREAM, byte_model, planted_directions, settings, text
 
+from autoencoder_training.small import ACTIVATIONS, STREAM, byte_model, planted_directions, settings, text
 from neuron_lens.autoencoder_training import ActivationStream, Trainer, train_autoencoder
 from neuron_lens.autoencoder_training.objectives import Pass, auxiliary_loss
 from neuron_lens.autoencoder_training.objectives.jumprelu import step_function
@@ -61,7 +61,9 @@ def test_interrupted_equals_uninterrupted(kind: str, tmp_path: Path) -> None:
     assert again.step == settings(kind).n_steps == 12
     for name, tensor in again.finish().state_dict().items():
         assert torch.equal(tensor, whole.state_dict()[name]), name
-    curves = [json.loads((tmp_path / run / "training.json").read_text())["curve"] for run in ("whole", "parts")]
+    curves = [
+        json.loads((tmp_path / run / "training.json").read_text())["curve"] for run in ("whole", "parts")
+    ]
     assert curves[0] == curves[1] and len(curves[0]) == 12
 
 
@@ -76,7 +78,9 @@ def test_planted_directions_are_found(kind: str, tmp_path: Path, monkeypatch: py
         return (on * (1 + torch.rand(n, len(truth), generator=draw))) @ truth * 5 + 2.0
 
     monkeypatch.setattr(ActivationStream, "_activations", activations)
-    own = {"jumprelu": {"sparsity": 0.08}, "gated": {"sparsity": 5.0}, "relu": {"sparsity": 2.5}}.get(kind, {"k": 2})
+    own = {"jumprelu": {"sparsity": 0.08}, "gated": {"sparsity": 5.0}, "relu": {"sparsity": 2.5}}.get(
+        kind, {"k": 2}
+    )
     chosen = settings(
         kind, n_tokens=500 * 256, batch_tokens=256, buffer_tokens=600, dead_after=3000, seed=1, **own
     )

@@ -1,0 +1,199 @@
+"""`neuron-lens sae train` and `neuron-lens sae evaluate`: sparse autoencoders of a model's activations."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neuron_lens.cli.explain import corpus_of
+from neuron_lens.errors import RequestError
+
+if TYPE_CHECKING:
+    from neuron_lens.autoencoder_training import Evaluation, TrainingSettings
+    from neuron_lens.transformer import Transformer
+
+__all__ = ["add", "run"]
+
+_OWN_SAE = "sae"  # folder of the autoencoder that ships with a model
+
+_EXAMPLES = """\
+examples:
+  neuron-lens sae train pico --layer 2 --width 1024 --k 16 --tokens 200000
+  neuron-lens sae train gpt2 --layer 6 --width 24576 --activation jumprelu --sparsity 1e-3 --corpus text/
+  neuron-lens sae evaluate pico                               the autoencoder that ships with pico
+  neuron-lens sae evaluate gpt2 --sae downloads/gpt2-sae --corpus text/ --json evaluation.json
+
+A training run that was stopped goes on when the same command is given again.
+"""
+
+
+def add(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "sae",
+        help="train and evaluate sparse autoencoders",
+        description="Train and evaluate sparse autoencoders.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    actions = parser.add_subparsers(dest="action", metavar="action", required=True)
+    _add_train(actions.add_parser("train", help="train one on a site of a model"))
+    _add_evaluate(actions.add_parser("evaluate", help="variance explained, L0, loss recovered, dead latents"))
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a shipped or hub name, or a checkpoint folder")
+    parser.add_argument(
+        "--site", default="resid.torso.post_mlp", help="path of the site (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--layer", type=int, metavar="L", help="layer, from 0; left out for sites outside the blocks"
+    )
+    parser.add_argument("--width", type=int, required=True, metavar="N", help="number of latents")
+    parser.add_argument(
+        "--activation", default="topk", choices=["relu", "topk", "batch_topk", "jumprelu", "gated"]
+    )
+    parser.add_argument("--k", type=int, metavar="K", help="topk, batch_topk: active latents per token")
+    parser.add_argument("--groups", metavar="A,B,…", help="batch_topk: sizes of nested groups (matryoshka)")
+    parser.add_argument("--sparsity", type=float, help="relu, gated: about 1 to 10; jumprelu: about 1e-3")
+    parser.add_argument(
+        "--tokens", type=int, default=2_000_000, help="training tokens (default: %(default)s)"
+    )
+    parser.add_argument("--batch", type=int, default=2048, help="tokens per step (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, help="default: from the width")
+    parser.add_argument("--bf16", action="store_true", help="products in bfloat16")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder (default: autoencoders/<model>)")
+    _add_common(parser)
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a shipped or hub name, or a checkpoint folder")
+    parser.add_argument(
+        "--sae", metavar="PATH", help="folder or file (default: the one that ships with the model)"
+    )
+    parser.add_argument("--site", help="path of the site (default: the autoencoder's own)")
+    parser.add_argument("--layer", type=int, metavar="L", help="layer (default: the autoencoder's own)")
+    parser.add_argument("--split", default="test", choices=["train", "validation", "test", "all"])
+    parser.add_argument("--tokens", type=int, default=100_000, help="at most so many (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the corpus's division into parts")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    _add_common(parser)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--corpus", nargs="+", metavar="PATH", help="files, folders or globs (default: the shipped sample)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what was asked for, and print figures and paths."""
+    return _train(arguments) if arguments.action == "train" else _evaluate(arguments)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from neuron_lens.autoencoder_training import evaluate_autoencoder, train_autoencoder
+    from neuron_lens.files.atomic import write_text_atomic
+
+    settings = _settings(arguments)
+    corpus = corpus_of(arguments.corpus)
+    model = _model(arguments.model)
+    folder = arguments.out or Path("autoencoders") / Path(arguments.model).name
+    trained = train_autoencoder(model, corpus, settings, folder, progress=not arguments.quiet)
+    evaluation = evaluate_autoencoder(
+        model, trained, corpus, seed=settings.seed, max_tokens=100_000, progress=not arguments.quiet
+    )
+    write_text_atomic(folder / "evaluation.json", evaluation.model_dump_json(indent=2) + "\n")
+    print(_table(evaluation))
+    print(f"\nautoencoder: {folder} (SAELens format)\nevaluation: {folder / 'evaluation.json'}")
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from neuron_lens.autoencoder_training import evaluate_autoencoder
+    from neuron_lens.autoencoders import load_autoencoder
+    from neuron_lens.files.atomic import write_text_atomic
+
+    path = Path(arguments.sae) if arguments.sae else _shipped(arguments.model)
+    autoencoder = load_autoencoder(path, dtype=torch.float32)
+    evaluation = evaluate_autoencoder(
+        _model(arguments.model),
+        autoencoder,
+        corpus_of(arguments.corpus),
+        site=arguments.site,
+        layer=arguments.layer,
+        split=arguments.split,
+        max_tokens=arguments.tokens,
+        seed=arguments.seed,
+        progress=not arguments.quiet,
+    )
+    if arguments.json:
+        write_text_atomic(arguments.json, evaluation.model_dump_json(indent=2) + "\n")
+    print(_table(evaluation))
+    return 0
+
+
+def _settings(arguments: argparse.Namespace) -> TrainingSettings:
+    from neuron_lens.autoencoder_training import TrainingSettings
+
+    try:
+        groups = tuple(int(size) for size in arguments.groups.split(",")) if arguments.groups else None
+    except ValueError:
+        raise RequestError(f"--groups {arguments.groups!r}: expected sizes such as 256,256,512") from None
+    return TrainingSettings(
+        site=arguments.site,
+        layer=arguments.layer,
+        d_latent=arguments.width,
+        activation=arguments.activation,
+        k=arguments.k,
+        group_sizes=groups,
+        sparsity=arguments.sparsity,
+        n_tokens=arguments.tokens,
+        batch_tokens=arguments.batch,
+        learning_rate=arguments.learning_rate,
+        autocast=arguments.bf16,
+        seed=arguments.seed,
+    )
+
+
+def _model(name: str) -> Transformer:
+    from neuron_lens.transformer import Transformer
+
+    return Transformer.load(name).eval()
+
+
+def _shipped(model: str) -> Path:
+    """The autoencoder that ships with a model."""
+    from neuron_lens.files.model_defs import model_defs_dir
+
+    folder = model_defs_dir() / model / _OWN_SAE
+    if not folder.is_dir():
+        raise RequestError(f"no autoencoder ships with {model!r}: say which with --sae PATH")
+    return folder
+
+
+def _table(evaluation: Evaluation) -> str:
+    """The figures, a line each."""
+    e = evaluation
+    where = e.site if e.layer is None else f"{e.site}, layer {e.layer}"
+    rows = [
+        ("variance explained", f"{e.variance_explained:.4f}"),
+        ("active latents per token", f"{e.l0:.1f}"),
+        ("loss: intact", f"{e.loss_intact:.4f}"),
+        ("loss: reconstruction", f"{e.loss_spliced:.4f}"),
+        ("loss: mean, zeros", f"{e.loss_mean:.4f}, {e.loss_zero:.4f}"),
+        ("loss recovered: mean, zeros", f"{_share(e.loss_recovered_mean)}, {_share(e.loss_recovered_zero)}"),
+        ("latents that never fired", f"{e.never_fired} of {e.d_latent}"),
+        ("latents on over 10 % of tokens", str(e.dense)),
+    ]
+    lines = [f"{e.model}, {where}, on {e.corpus} ({e.split}): {e.n_tokens:,} tokens", ""]
+    return "\n".join([*lines, *(f"{name:<32}{value}" for name, value in rows)])
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,87 @@
+"""Training and evaluating autoencoders from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from autoencoder_training.small import byte_model, text
+
+from neuron_lens.autoencoders import load_autoencoder
+from neuron_lens.cli import main
+
+
+@pytest.fixture
+def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A corpus folder, and a tiny model in place of a checkpoint."""
+    from neuron_lens.transformer import Transformer
+
+    monkeypatch.setattr(Transformer, "load", classmethod(lambda cls, name: byte_model()))
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for document in text():
+        (folder / f"{document.name}.txt").write_text(document.text)
+    return str(folder)
+
+
+def test_train_then_evaluate(texts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "sae"
+    train = [
+        "sae",
+        "train",
+        "tiny",
+        "--layer",
+        "1",
+        "--width",
+        "40",
+        "--k",
+        "3",
+        "--tokens",
+        "640",
+        "--batch",
+        "64",
+    ]
+    train += ["--corpus", texts, "--out", str(out), "--quiet"]
+    assert main(train) == 0
+    printed = capsys.readouterr().out
+    assert "variance explained" in printed and str(out) in printed
+    figures = json.loads((out / "evaluation.json").read_text())
+    assert load_autoencoder(out, "saelens").config.d_latent == 40
+    file = tmp_path / "again.json"
+    evaluate = [
+        "sae",
+        "evaluate",
+        "tiny",
+        "--sae",
+        str(out),
+        "--corpus",
+        texts,
+        "--json",
+        str(file),
+        "--quiet",
+    ]
+    assert main(evaluate) == 0
+    again = json.loads(file.read_text())
+    assert again["loss_spliced"] == pytest.approx(figures["loss_spliced"], rel=1e-5)
+    assert again["n_tokens"] == figures["n_tokens"]
+    assert main(train) == 0, "a finished run is finished again"
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["train", "tiny", "--width", "40", "--layer", "1"], "activation 'topk' needs k"),
+        (["train", "tiny", "--width", "40", "--k", "3", "--tokens", "640", "--batch", "64"], "say which"),
+        (["train", "tiny", "--width", "40", "--k", "3", "--groups", "a"], "expected sizes such as"),
+        (["evaluate", "tiny"], "no autoencoder ships with 'tiny'"),
+        (["evaluate", "tiny", "--sae", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(
+    extra: list[str], message: str, texts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["sae", *extra, "--corpus", texts, "--quiet"]
+    assert main([*command, "--out", str(tmp_path / "out")] if extra[0] == "train" else command) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
