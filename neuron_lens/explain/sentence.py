@@ -11,7 +11,13 @@ _SHOWN_LATER = 3
 _WEAK_FIT = 0.1  # validation correlation below which no rule is claimed
 
 # What an effect is called, by its share of the largest activation on the training windows.
-_GRADES = ((0.5, "strongly"), (0.2, "moderately"), (0.0, "weakly"))
+_LEAST_SHARES = (0.5, 0.2, 0.0)
+_GRADES = {
+    "fires": ("strongly", "moderately", "weakly"),  # the first rule says when the unit fires,
+    "is held down": ("strongly", "moderately", "weakly"),
+    "more": ("much more", "more", "a little more"),  # the later ones what changes that
+    "less": ("much less", "less", "a little less"),
+}
 
 # How a rule's values are introduced, where "where <title> is" would be clumsy.
 _PHRASES = {
@@ -64,28 +70,34 @@ def _clause(table: Table, largest: float, first: bool) -> str:
     weight_up, weight_down = _weight(raising), _weight(lowering)
     said = []
     if raising and weight_up >= 0.25 * weight_down:
-        said.append(("fires " if first else "more so ") + _listed(table, raising, largest, shown))
+        verb = "fires" if first else "more"
+        said.append(("fires " if first else "") + _listed(table, raising, largest, shown, _GRADES[verb]))
     if lowering and (weight_down > weight_up or not said):
-        said.append(("is held down " if first else "less so ") + _listed(table, lowering, largest, shown))
+        verb = "is held down" if first else "less"
+        said.append(
+            ("is held down " if first else "") + _listed(table, lowering, largest, shown, _GRADES[verb])
+        )
     text = " and ".join(said)
     return text[:1].upper() + text[1:] if first else text
 
 
-def _listed(table: Table, entries: list[TableEntry], largest: float, count: int) -> str:
+def _listed(
+    table: Table, entries: list[TableEntry], largest: float, count: int, grades: tuple[str, ...]
+) -> str:
     """The weightiest values, strongest first, each grade named once."""
     shown = sorted(entries[:count], key=lambda entry: -abs(entry.value))
     groups: dict[str, list[str]] = {}
     for entry in shown:
-        groups.setdefault(_grade(abs(entry.value), largest), []).append(entry.key)
+        groups.setdefault(_grade(abs(entry.value), largest, grades), []).append(entry.key)
     phrase = _PHRASES.get(table.feature, f"where {table.title} is {{}}")
     parts = [f"{grade} {phrase.format(_either(keys))}".strip() for grade, keys in groups.items()]
     rest = len(entries) - len(shown)
     return ", ".join(parts) + (f" (and on {rest} more)" if rest else "")
 
 
-def _grade(value: float, largest: float) -> str:
+def _grade(value: float, largest: float, grades: tuple[str, ...]) -> str:
     share = value / largest if largest > 0 else 0.0
-    return next(name for least, name in _GRADES if share >= least)
+    return next(name for least, name in zip(_LEAST_SHARES, grades, strict=True) if share >= least)
 
 
 def _either(keys: list[str]) -> str:
