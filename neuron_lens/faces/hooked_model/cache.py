@@ -38,7 +38,9 @@ class ActivationCache(MutableMapping[str, Any]):
     def __getitem__(self, key: str) -> Any:
         known = self._found(key)
         if known is None:
-            raise KeyError(f"the cache has no {key!r}; {did_you_mean(str(key), self._values or ['(it is empty)'])}")
+            raise KeyError(
+                f"the cache has no {key!r}; {did_you_mean(str(key), self._values or ['(it is empty)'])}"
+            )
         return self._values[known]
 
     def __setitem__(self, key: str, value: Any) -> None:
@@ -98,7 +100,9 @@ class ActivationCache(MutableMapping[str, Any]):
     def register_aggregation(self, prefix: str, rule: Aggregation) -> None:
         """Join keys that start with a prefix by `rule(old, new)`. Raises RequestError when the prefix has a rule."""
         if prefix in self._aggregations:
-            raise RequestError(f"the prefix {prefix!r} has a rule already; remove_aggregation({prefix!r}) first")
+            raise RequestError(
+                f"the prefix {prefix!r} has a rule already; remove_aggregation({prefix!r}) first"
+            )
         self._aggregations[prefix] = rule
 
     def remove_aggregation(self, prefix: str) -> None:
@@ -119,7 +123,9 @@ class ActivationCache(MutableMapping[str, Any]):
         return self
 
     @classmethod
-    def join(cls, caches: Iterable[ActivationCache], aggregations: dict[str, Aggregation] | None = None) -> Self:
+    def join(
+        cls, caches: Iterable[ActivationCache], aggregations: dict[str, Aggregation] | None = None
+    ) -> Self:
         """One cache of many batches.
 
         Raises RequestError when there are none, when keys differ, when mapping_index or metadata differ, or when tensors do not
@@ -213,7 +219,9 @@ def _behind(key: str, values: list[Any]) -> Any:
     kinds = {type(value) for value in values}
     if len(kinds) > 1:
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise RequestError(f"{key}: batches hold values of different kinds ({names}); make them the same in every batch")
+        raise RequestError(
+            f"{key}: batches hold values of different kinds ({names}); make them the same in every batch"
+        )
     value = values[0]
     if isinstance(value, Tensor):
         if value.dim() == 0:

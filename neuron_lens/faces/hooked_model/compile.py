@@ -48,7 +48,9 @@ def _check_place(request: Intervention, model: Transformer) -> None:
     heads = config.n_kv_heads if place.field.kind == "kv_head" else config.n_heads
     for what, given, size in (("layer", place.layer, config.n_layers), ("head", place.head, heads)):
         if given is not None and given >= size:
-            raise RequestError(f"{request.activation}: {what} {given} does not exist: there are {size}, from 0")
+            raise RequestError(
+                f"{request.activation}: {what} {given} does not exist: there are {size}, from 0"
+            )
 
 
 def _compiled_stream(request: Intervention, model: Transformer, batch: Batch) -> list[engine.Intervention]:
@@ -78,13 +80,17 @@ def _compiled_stream(request: Intervention, model: Transformer, batch: Batch) ->
     if does == "add":
         raise RequestError(f"{request.activation}: add takes a number or one vector; got {list(value.shape)}")
     value = value[None] if value.dim() == 2 else value
-    return [engine.Patch(**at, source=_filled(_whole_site(value, place, model), request, model, batch, where))]
+    return [
+        engine.Patch(**at, source=_filled(_whole_site(value, place, model), request, model, batch, where))
+    ]
 
 
 def _per_row(where: ResolvedPositions) -> engine.PerRow:
     """The positions of all groups, row by row."""
     rows = range(where.columns.shape[0])
-    return engine.PerRow(positions=tuple(tuple(p for group in where.positions for p in group[row]) for row in rows))
+    return engine.PerRow(
+        positions=tuple(tuple(p for group in where.positions for p in group[row]) for row in rows)
+    )
 
 
 def _site_head(place: Place, model: Transformer) -> int:
@@ -99,14 +105,18 @@ def _split_heads(value: Tensor, place: Place, model: Transformer) -> Tensor:
     if place.field.kind != "packed":
         return value
     if value.shape[-1] % model.config.d_head:
-        raise RequestError(f"{place.field.key}: the width {value.shape[-1]} is no multiple of d_head {model.config.d_head}")
+        raise RequestError(
+            f"{place.field.key}: the width {value.shape[-1]} is no multiple of d_head {model.config.d_head}"
+        )
     return value.unflatten(-1, (-1, model.config.d_head))
 
 
 def _whole_site(value: Tensor, place: Place, model: Transformer) -> Tensor:
     """Values of a key [n, positions, width] with the axes of its site [n, positions, ...]; other heads are 0 and not used."""
     if value.dim() != 3:
-        raise RequestError(f"{place.field.key}: values are [batch or 1, positions, width]; got {list(value.shape)}")
+        raise RequestError(
+            f"{place.field.key}: values are [batch or 1, positions, width]; got {list(value.shape)}"
+        )
     if place.head is None:
         return _split_heads(value, place, model)
     config = model.config
@@ -128,7 +138,9 @@ def _filled(
         )
     full = value.new_zeros(rows, batch.tokens.shape[1], *value.shape[2:])
     at_row, at_selected = where.mask.nonzero(as_tuple=True)
-    full[at_row, where.columns[at_row, at_selected]] = value.expand(rows, *value.shape[1:])[at_row, at_selected]
+    full[at_row, where.columns[at_row, at_selected]] = value.expand(rows, *value.shape[1:])[
+        at_row, at_selected
+    ]
     return engine.Activations({(request.place.field.site, request.place.layer): full})
 
 
@@ -138,7 +150,9 @@ def _recorded(request: Intervention, key: str) -> Tensor:
         raise RequestError(f"{request.activation}: the source has no {key!r}; extract it there")
     value = request.source[key]
     if not isinstance(value, Tensor):
-        raise RequestError(f"{request.activation}: the source is ragged; extract it at equally many positions in each row")
+        raise RequestError(
+            f"{request.activation}: the source is ragged; extract it at equally many positions in each row"
+        )
     return value
 
 

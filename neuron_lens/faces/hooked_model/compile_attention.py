@@ -24,7 +24,11 @@ def compiled_pattern(request: Intervention, model: Transformer, batch: Batch) ->
     """One declared intervention for each set of rows that means the same queries and keys."""
     made: list[engine.Intervention] = []
     for (queries, keys), rows in _by_row(request, batch).items():
-        at: dict[str, Any] = {"layers": request.place.layer, "heads": request.place.head, "positions": queries}
+        at: dict[str, Any] = {
+            "layers": request.place.layer,
+            "heads": request.place.head,
+            "positions": queries,
+        }
         if len(rows) < batch.tokens.shape[0]:
             at["rows"] = tuple(rows)
         made.append(_edit(request, model, batch, at, keys))
@@ -89,8 +93,12 @@ def _edit(
             )
         return engine.Scale(site=site, **at, keys=keys, factor=factor)
     if before or request.does == "resample" or request.does == "add":
-        raise RequestError(f"{request.activation}: {request.does!r} is not offered {'before the softmax' if before else 'here'}")
-    return engine.Patch(site=site, **at, keys=keys, source=_pattern_source(request, model, batch, at["positions"], keys))
+        raise RequestError(
+            f"{request.activation}: {request.does!r} is not offered {'before the softmax' if before else 'here'}"
+        )
+    return engine.Patch(
+        site=site, **at, keys=keys, source=_pattern_source(request, model, batch, at["positions"], keys)
+    )
 
 
 def _pattern_source(
@@ -99,7 +107,9 @@ def _pattern_source(
     """The pattern to write, whole: [batch or 1, head, pos, key_pos]."""
     length, place = batch.tokens.shape[1], request.place
     if batch.pad is not None:
-        raise RequestError(f"{request.activation}: writing a pattern needs rows of equal length, without padding")
+        raise RequestError(
+            f"{request.activation}: writing a pattern needs rows of equal length, without padding"
+        )
     value = _pattern_value(request, length)
     rows = torch.arange(length) if queries is None else torch.tensor(queries)
     columns = torch.arange(length) if keys is None else torch.tensor(keys)
@@ -114,7 +124,9 @@ def _pattern_source(
             f"expected; got {list(value.shape)}"
         )
     if bool(whole.triu(1).any()):
-        raise RequestError(f"{request.activation}: the pattern to write lets a query see later keys; make those 0")
+        raise RequestError(
+            f"{request.activation}: the pattern to write lets a query see later keys; make those 0"
+        )
     source = whole.new_zeros(whole.shape[0], model.config.n_heads, length, length)
     source[:, place.head] = whole
     return engine.Activations({("attn.qk_probs", place.layer): source})
@@ -124,7 +136,9 @@ def _pattern_value(request: Intervention, length: int) -> Tensor:
     if request.does == "mean":
         key = f"avg_{request.activation}"
         if key not in request.source:
-            raise RequestError(f"{request.activation}: the source has no {key!r}; extract it with avg_over_example=True")
+            raise RequestError(
+                f"{request.activation}: the source has no {key!r}; extract it with avg_over_example=True"
+            )
         return torch.as_tensor(request.source[key])
     value = torch.as_tensor(request.patching_values, dtype=torch.float32)
     if value.dim() == 0:

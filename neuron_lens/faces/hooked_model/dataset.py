@@ -31,7 +31,10 @@ def split_batch(batch: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """A batch of a dataloader as what the model takes, options of `forward`, and the user's own entries."""
     if not isinstance(batch, Mapping):
         return batch, {}, {}
-    taken = (*MODEL_INPUTS, *MULTIMODAL)  # images too, so that they are refused and not taken for something else
+    taken = (
+        *MODEL_INPUTS,
+        *MULTIMODAL,
+    )  # images too, so that they are refused and not taken for something else
     inputs = {name: batch[name] for name in taken if name in batch}
     options = {name: batch[name] for name in OPTIONS if name in batch}
     others = {name: value for name, value in batch.items() if name not in (*taken, *OPTIONS)}
@@ -83,7 +86,9 @@ def extract(
         rules = None if aggregation is None else dict([aggregation])
         return ActivationCache.join(caches, rules).add_metadata(**metadata, tag=tag)
     if aggregation is not None:
-        raise RequestError("a rule of your own joins batches in memory; with stream_to use StoredCache.iter_batches")
+        raise RequestError(
+            "a rule of your own joins batches in memory; with stream_to use StoredCache.iter_batches"
+        )
     folder = stream_to
     if isinstance(stream_to, ActivationSaver):
         folder = stream_to.new_folder(model.config.model_name)
@@ -112,7 +117,9 @@ def _batches(
         if own is None:
             own = keys
         elif keys != own:
-            raise RequestError(f"batch {number} has other keys than batch 0: {sorted(keys ^ own)} are in one of them only")
+            raise RequestError(
+                f"batch {number} has other keys than batch 0: {sorted(keys ^ own)} are in one of them only"
+            )
         twice = [name for name in given if options.get(name) is not None]
         if twice:
             raise RequestError(f"{twice[0]} is in the batches and given for all of them; give it once")
@@ -129,9 +136,13 @@ def add_own(cache: ActivationCache, saved: Mapping[str, Any] | None, number: int
     if saved is None:
         return
     if not isinstance(saved, Mapping):
-        raise RequestError(f"batch {number}: batch_saver must return a dict or None; got {type(saved).__name__}")
+        raise RequestError(
+            f"batch {number}: batch_saver must return a dict or None; got {type(saved).__name__}"
+        )
     taken = [key for key in saved if key in cache]
     if taken:
-        raise RequestError(f"batch {number}: batch_saver returned {taken[0]!r}, which the cache has already; use another name")
+        raise RequestError(
+            f"batch {number}: batch_saver returned {taken[0]!r}, which the cache has already; use another name"
+        )
     for key, value in saved.items():
         cache[key] = value

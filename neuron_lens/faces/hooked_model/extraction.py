@@ -94,7 +94,9 @@ class Extraction:
         gradients = torch.autograd.grad(target, list(self.live.values()), allow_unused=True)
         for place, gradient in zip(self.live, gradients, strict=True):
             x = self.live[place]
-            self.gradients[place] = self._selected(*place, torch.zeros_like(x) if gradient is None else gradient)
+            self.gradients[place] = self._selected(
+                *place, torch.zeros_like(x) if gradient is None else gradient
+            )
         self.live.clear()
 
     def values(self) -> dict[str, Any]:
@@ -245,7 +247,9 @@ class Extraction:
         n_layers, absent = self.model.config.n_layers, self.model.config.absent_sites()
         wrong = [layer for layer in self.config.layers or () if not 0 <= layer < n_layers]
         if wrong:
-            raise RequestError(f"layers: layer {wrong[0]} does not exist: the model has {n_layers}, counted from 0")
+            raise RequestError(
+                f"layers: layer {wrong[0]} does not exist: the model has {n_layers}, counted from 0"
+            )
         for name in self.config.fields():
             path = FIELDS[name].site
             if path in absent:
@@ -256,7 +260,9 @@ class Extraction:
                     f"the head's own vector, or turn keep_gradient off"
                 )
         if self.config.keep_gradient and self.config.extract_value_weighted_pattern:
-            raise RequestError("extract_value_weighted_pattern is not part of the computation and has no gradient")
+            raise RequestError(
+                "extract_value_weighted_pattern is not part of the computation and has no gradient"
+            )
 
 
 class _Recorder:
@@ -268,4 +274,3 @@ class _Recorder:
     def __call__(self, x: Tensor, run: Run, layer: int | None = None) -> None:
         if run.step in (None, 0):
             self.extraction.keep(self.path, layer, x)
-

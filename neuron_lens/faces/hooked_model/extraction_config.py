@@ -122,7 +122,9 @@ class ExtractionConfig(Frozen):
         if given is None or given == "all":
             return None
         if not isinstance(given, list | tuple) or not given:
-            raise ValueError('"all", or a list of {"layer": 3, "head": 5}, with "all" for all heads of a layer')
+            raise ValueError(
+                '"all", or a list of {"layer": 3, "head": 5}, with "all" for all heads of a layer'
+            )
         pairs = []
         for entry in given:
             if isinstance(entry, dict) and set(entry) == {"layer", "head"}:
@@ -142,7 +144,9 @@ class ExtractionConfig(Frozen):
     @model_validator(mode="after")
     def _agree(self) -> ExtractionConfig:
         if self.attn_pattern_avg != "none" and self.attn_pattern_row_positions is None:
-            raise ValueError("attn_pattern_avg averages blocks: give attn_pattern_row_positions for their rows")
+            raise ValueError(
+                "attn_pattern_avg averages blocks: give attn_pattern_row_positions for their rows"
+            )
         if self.attn_pattern_row_positions is not None and not self.extract_attn_pattern:
             raise ValueError("attn_pattern_row_positions needs extract_attn_pattern=True")
         if self.keep_gradient and not self.fields():

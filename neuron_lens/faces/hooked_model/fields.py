@@ -36,7 +36,9 @@ class Field:
 FIELDS: dict[str, Field] = {
     "extract_embed": Field("resid.post_emb", "input_embeddings", "stream"),
     "extract_resid_in": Field("resid.torso.pre_attn", "resid_in_{l}", "stream"),
-    "extract_resid_in_post_layernorm": Field("resid.torso.post_ln_attn", "resid_in_post_layernorm_{l}", "stream"),
+    "extract_resid_in_post_layernorm": Field(
+        "resid.torso.post_ln_attn", "resid_in_post_layernorm_{l}", "stream"
+    ),
     "extract_attn_in": Field("resid.torso.post_ln_attn", "attn_in_{l}", "stream"),
     "extract_queries": Field("attn.q", "queries_L{l}", "packed"),
     "extract_keys": Field("attn.k", "keys_L{l}", "packed"),

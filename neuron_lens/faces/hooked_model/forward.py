@@ -100,7 +100,9 @@ class Forward:
         if self.config.save_input_ids:
             ids = self.batch.tokens.gather(1, self.where.columns)
             groups = zip(self.where.names, self.where.groups, strict=True)
-            cache["input_ids"] = {str(name): self._ids(ids[:, group], self.where.mask[:, group]) for name, group in groups}
+            cache["input_ids"] = {
+                str(name): self._ids(ids[:, group], self.where.mask[:, group]) for name, group in groups
+            }
         split = self.extraction.ragged and not self.config.avg
         cache["mapping_index"] = (
             [self.where.row_mapping(row) for row in range(self.where.columns.shape[0])]
@@ -140,11 +142,17 @@ class Forward:
 def gradient_targets(vocabulary_index: Any, rows: int, d_vocab: int) -> Tensor:
     """One token for each row, [batch]. Raises RequestError when there are neither one nor as many as rows, or none such exists."""
     if vocabulary_index is None:
-        raise RequestError("keep_gradient differentiates a logit: give vocabulary_index, a token id or one for each row")
+        raise RequestError(
+            "keep_gradient differentiates a logit: give vocabulary_index, a token id or one for each row"
+        )
     targets = torch.as_tensor(vocabulary_index)
     if targets.is_floating_point() or targets.dtype == torch.bool or targets.numel() not in (1, rows):
-        raise RequestError(f"vocabulary_index must be a token id or one for each of {rows} rows; got {vocabulary_index!r:.80}")
+        raise RequestError(
+            f"vocabulary_index must be a token id or one for each of {rows} rows; got {vocabulary_index!r:.80}"
+        )
     targets = targets.reshape(-1).expand(rows)
     if int(targets.min()) < 0 or int(targets.max()) >= d_vocab:
-        raise RequestError(f"vocabulary_index {vocabulary_index!r:.80} is outside the vocabulary of {d_vocab}")
+        raise RequestError(
+            f"vocabulary_index {vocabulary_index!r:.80} is outside the vocabulary of {d_vocab}"
+        )
     return targets

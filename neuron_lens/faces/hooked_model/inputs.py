@@ -31,7 +31,9 @@ def as_tokens(inputs: Any, tokenizer: Any, side: Literal["left", "right"]) -> tu
     given = dict(inputs)
     images = [name for name in MULTIMODAL if name in given]
     if images:
-        raise RequestError(f"the inputs hold {images[0]!r}: multimodal models are not offered; give text only")
+        raise RequestError(
+            f"the inputs hold {images[0]!r}: multimodal models are not offered; give text only"
+        )
     unknown = [name for name in given if name not in MODEL_INPUTS]
     if unknown or "input_ids" not in given:
         raise RequestError(
@@ -44,12 +46,16 @@ def as_tokens(inputs: Any, tokenizer: Any, side: Literal["left", "right"]) -> tu
         return padded(as_ids(tokens, tokenizer, None)[0], side)
     tokens = tokens[None] if tokens.dim() == 1 else tokens
     if tokens.dim() != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool or not tokens.numel():
-        raise RequestError(f"input_ids must be whole numbers [batch, pos]; got {tokens.dtype} {list(tokens.shape)}")
+        raise RequestError(
+            f"input_ids must be whole numbers [batch, pos]; got {tokens.dtype} {list(tokens.shape)}"
+        )
     if mask is None:
         return tokens, None
     mask = mask[None] if mask.dim() == 1 else mask
     if mask.shape != tokens.shape:
-        raise RequestError(f"attention_mask must be {list(tokens.shape)} like input_ids; got {list(mask.shape)}")
+        raise RequestError(
+            f"attention_mask must be {list(tokens.shape)} like input_ids; got {list(mask.shape)}"
+        )
     pad = mask == 0
     return tokens, pad if bool(pad.any()) else None
 

@@ -39,23 +39,29 @@ class HookedModel:
 
     def __init__(self, model: Transformer, config: HookedModelConfig | None = None) -> None:
         if not isinstance(model, Transformer):
-            raise RequestError(f"HookedModel takes a Transformer; for names use HookedModel.from_pretrained; got {model!r:.60}")
+            raise RequestError(
+                f"HookedModel takes a Transformer; for names use HookedModel.from_pretrained; got {model!r:.60}"
+            )
         self.model = model
-        self.config = config or HookedModelConfig(model_name=model.config.name)
+        self.config = config or HookedModelConfig(model_name=model.config.name or "unnamed")
         self._interventions: list[Any] = []
         self._user_hooks: list[UserHook] = []
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str] | HookedModelConfig | Transformer, **options: Any) -> HookedModel:
+    def from_pretrained(
+        cls, source: str | os.PathLike[str] | HookedModelConfig | Transformer, **options: Any
+    ) -> HookedModel:
         """Open a model: a name, path or configuration (with fields of `HookedModelConfig` as options), or a loaded one.
 
         Raises CheckpointError when it cannot be opened, multimodal ones among them.
         """
         if isinstance(source, Transformer):
-            return cls(source, HookedModelConfig(model_name=source.config.name, **options))
+            return cls(source, HookedModelConfig(model_name=source.config.name or "unnamed", **options))
         if isinstance(source, HookedModelConfig):
             if options:
-                raise RequestError(f"give a HookedModelConfig or its fields, not both; got {', '.join(options)} besides")
+                raise RequestError(
+                    f"give a HookedModelConfig or its fields, not both; got {', '.join(options)} besides"
+                )
             config = source
         else:
             config = HookedModelConfig(model_name=str(source), **options)
@@ -117,7 +123,9 @@ class HookedModel:
         if prepared.config.keep_gradient:
             targets = gradient_targets(vocabulary_index, batch.tokens.shape[0], self.model.config.d_vocab)
         elif vocabulary_index is not None:
-            raise RequestError("vocabulary_index says which logit is differentiated: it needs keep_gradient=True")
+            raise RequestError(
+                "vocabulary_index says which logit is differentiated: it needs keep_gradient=True"
+            )
         cache = prepared.run(targets)
         return cache if external_cache is None else _moved_means(cache, external_cache)
 
@@ -125,13 +133,17 @@ class HookedModel:
         """The same as `forward`."""
         return self.forward(inputs, *args, **options)
 
-    def predict(self, inputs: Any, k: int = 10, strip: bool = True, **options: Any) -> dict[str, float] | list[dict[str, float]]:
+    def predict(
+        self, inputs: Any, k: int = 10, strip: bool = True, **options: Any
+    ) -> dict[str, float] | list[dict[str, float]]:
         """The k most probable next tokens after the last selected position: {text: probability}, a list of these for several rows.
 
         Tokens that look alike once stripped are added up. options: those of `forward`.
         """
         if self.model.tokenizer is None:
-            raise RequestError("predict names tokens, and the model has no tokenizer; use forward and its logits")
+            raise RequestError(
+                "predict names tokens, and the model has no tokenizer; use forward and its logits"
+            )
         if not isinstance(k, int) or not 1 <= k <= self.model.config.d_vocab:
             raise RequestError(f"k must be from 1 to {self.model.config.d_vocab}; got {k!r}")
         logits = self.forward(inputs, **options)["logits"]
@@ -171,12 +183,23 @@ class HookedModel:
         """
         options = dict(generation_config or {})
         if "hooks" in options:
-            raise RequestError("hooks are given by interventions and register_forward_hook, not in generation_config")
+            raise RequestError(
+                "hooks are given by interventions and register_forward_hook, not in generation_config"
+            )
         given = self._batch(inputs, pivot_positions, None)
-        rows = [row.tolist() if given.pad is None else row[~given.pad[i]].tolist() for i, row in enumerate(given.tokens)]
+        rows = [
+            row.tolist() if given.pad is None else row[~given.pad[i]].tolist()
+            for i, row in enumerate(given.tokens)
+        ]
         tokens, pad = padded(rows, "left")  # as generation lays prompts out
         device = given.tokens.device
-        batch = Batch(tokens.to(device), None if pad is None else pad.to(device), given.pivots, given.tokenizer, given.seed)
+        batch = Batch(
+            tokens.to(device),
+            None if pad is None else pad.to(device),
+            given.pivots,
+            given.tokenizer,
+            given.seed,
+        )
         prepared = self._prepared(
             batch,
             LAST if target_token_positions is None else target_token_positions,
@@ -247,8 +270,12 @@ class HookedModel:
         listed = list(hooks)
         for hook in listed:
             if not isinstance(hook, Mapping) or set(hook) != {"component", "intervention"}:
-                raise RequestError(f"a hook is {{'component': name, 'intervention': function}}; got {hook!r:.80}")
-        made = [UserHook(self.model, hook["component"], hook["intervention"], self._user_hooks) for hook in listed]
+                raise RequestError(
+                    f"a hook is {{'component': name, 'intervention': function}}; got {hook!r:.80}"
+                )
+        made = [
+            UserHook(self.model, hook["component"], hook["intervention"], self._user_hooks) for hook in listed
+        ]
         self._user_hooks += made
         return made
 
@@ -342,7 +369,9 @@ class HookedModel:
 
 def _moved_means(cache: ActivationCache, running: ActivationCache) -> ActivationCache:
     """Running means moved from a cache into the one that collects them."""
-    means = ActivationCache({key: value for key, value in cache.items() if key.startswith("avg_") or key == "n_examples"})
+    means = ActivationCache(
+        {key: value for key, value in cache.items() if key.startswith("avg_") or key == "n_examples"}
+    )
     if means.is_empty():
         raise RequestError("external_cache collects means over examples: set avg_over_example=True")
     running.cat(means)

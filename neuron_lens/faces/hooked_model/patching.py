@@ -76,7 +76,9 @@ def compute_patching(
     if each not in (None, "layer"):
         raise RequestError(f"each must be None or 'layer'; got {each!r}")
     if return_logit_diff and (base_dictonary_idxs is None or target_dictonary_idxs is None):
-        raise RequestError("return_logit_diff compares tokens: give base_dictonary_idxs and target_dictonary_idxs")
+        raise RequestError(
+            "return_logit_diff compares tokens: give base_dictonary_idxs and target_dictonary_idxs"
+        )
     if options.get("ragged"):
         raise RequestError("patching pairs positions of base and target: rows cannot be ragged")
     caches = []
@@ -86,7 +88,9 @@ def compute_patching(
             break
         if base is None or target is None:
             which = "target" if base is None else "base"
-            raise RequestError(f"the {which} dataloader has more than {number} batches and the other has not: they must pair up")
+            raise RequestError(
+                f"the {which} dataloader has more than {number} batches and the other has not: they must pair up"
+            )
         pairs = None
         if return_logit_diff:
             pairs = _pairs(number, base_dictonary_idxs or (), target_dictonary_idxs or ())
@@ -125,7 +129,9 @@ class _PatchedPair:
     ) -> ActivationCache:
         base = self._base_pass()
         logits_only = ExtractionConfig()
-        clean = self.model.forward(self.target, self.positions, extraction_config=logits_only, **self.target_options)
+        clean = self.model.forward(
+            self.target, self.positions, extraction_config=logits_only, **self.target_options
+        )
         interventions = patches(self.queries, self.model.model, base)
         options = {**self.target_options}
         options["interventions"] = [*(options.pop("interventions", None) or []), *interventions]
@@ -179,11 +185,18 @@ class _PatchedPair:
         """Every layer and query alone, on the sweep engine."""
         sizes = self.model.model.config
         asked = [
-            indices_of(f"patching query {i}", "layers_to_patch", q.get("layers_to_patch", q.get("layer")), sizes.n_layers)
+            indices_of(
+                f"patching query {i}",
+                "layers_to_patch",
+                q.get("layers_to_patch", q.get("layer")),
+                sizes.n_layers,
+            )
             for i, q in enumerate(self.queries)
         ]
         if any(layers != asked[0] for layers in asked):
-            raise RequestError("each='layer' lays layers and queries out as a table: ask for the same layers in all queries")
+            raise RequestError(
+                "each='layer' lays layers and queries out as a table: ask for the same layers in all queries"
+            )
         cells = []
         for layer in asked[0]:
             for query in self.queries:
@@ -196,9 +209,13 @@ class _PatchedPair:
         metrics: dict[str, Any] = {"kl_patched|base": divergence}
         if pairs is not None:
             known = pairs
-            metrics["logit_diff_in_patched"] = lambda patched: pair_differences(patched, known[1], known[0]).mean(-1)
+            metrics["logit_diff_in_patched"] = lambda patched: pair_differences(
+                patched, known[1], known[0]
+            ).mean(-1)
         axes = {"layer": tuple(asked[0]), "query": tuple(range(len(self.queries)))}
-        options = {k: v for k, v in self.target_options.items() if k in ("pivot_positions", "split_positions")}
+        options = {
+            k: v for k, v in self.target_options.items() if k in ("pivot_positions", "split_positions")
+        }
         result = sweep_requests(
             self.model, self.target, cells, metrics, axes=axes, metric_positions=self.positions, **options
         )
@@ -237,12 +254,16 @@ def sweep_requests(
         made.append(tuple(compiled(requests, model.model, batch)))
     if not made:
         raise RequestError("a sweep needs at least one cell")
-    named = {"cell": tuple(range(len(made)))} if axes is None else {name: tuple(v) for name, v in axes.items()}
+    named = (
+        {"cell": tuple(range(len(made)))} if axes is None else {name: tuple(v) for name, v in axes.items()}
+    )
     size = torch.Size(len(labels) for labels in named.values()).numel()
     if size != len(made):
         raise RequestError(f"the axes have {size} entries, and there are {len(made)} cells")
     if metric_positions is not None:
-        where = resolve_positions([_plain(g) for g in metric_positions], batch.tokens, batch.pad, **batch.options())
+        where = resolve_positions(
+            [_plain(g) for g in metric_positions], batch.tokens, batch.pad, **batch.options()
+        )
         given = metric if isinstance(metric, Mapping) else {"metric": metric}
         metric = {
             name: one if isinstance(one, Metric) else OfLogits(one, where.columns, name=name)
@@ -264,10 +285,14 @@ def _plain(group: Any) -> Any:
 def _pairs(number: int, base: Sequence[Any], target: Sequence[Any]) -> tuple[Tensor, Tensor]:
     """Token ids of one batch: base's and target's, as many of each."""
     if number >= min(len(base), len(target)):
-        raise RequestError(f"batch {number}: base_dictonary_idxs and target_dictonary_idxs have no entry for it")
+        raise RequestError(
+            f"batch {number}: base_dictonary_idxs and target_dictonary_idxs have no entry for it"
+        )
     ids = tuple(torch.as_tensor(entry) for entry in (base[number], target[number]))
     if ids[0].shape != ids[1].shape or ids[0].dim() not in (1, 2) or any(i.is_floating_point() for i in ids):
-        raise RequestError(f"batch {number}: as many base ids as target ids are compared; got {base[number]!r}, {target[number]!r}")
+        raise RequestError(
+            f"batch {number}: as many base ids as target ids are compared; got {base[number]!r}, {target[number]!r}"
+        )
     return ids[0], ids[1]
 
 

@@ -149,7 +149,9 @@ def resolve_positions(
     return _with_columns(names, positions, tokens, pad)
 
 
-def resolve_query_position(request: Name, tokens: Tensor, pad: Tensor | None, **options: Any) -> ResolvedPositions:
+def resolve_query_position(
+    request: Name, tokens: Tensor, pad: Tensor | None, **options: Any
+) -> ResolvedPositions:
     """One group as queries name it: a text that begins with @ is a name of the grammar, other text is token text.
 
     A text that occurs several times in a row means its first occurrence.
@@ -236,7 +238,9 @@ def _inside(position: Any, row: _Row, name: Name) -> int:
 def _span(name: Any, row: _Row) -> list[int]:
     ends = (name.start, name.stop) if isinstance(name, slice) else name
     if len(ends) != 2 or any(isinstance(e, bool) or not isinstance(e, int | None) for e in ends):
-        raise row.fail(name, "a span is (start, end), two whole numbers with the end excluded, or None for an open end")
+        raise row.fail(
+            name, "a span is (start, end), two whole numbers with the end excluded, or None for an open end"
+        )
     size = len(row.ids)
     start, end = (None if e is None else e + size if e < 0 else e for e in ends)
     low, high = 0 if start is None else start, size if end is None else end
@@ -287,12 +291,16 @@ def _marked(name: str, row: _Row, given: str) -> list[int]:
 def _partition(piece: int, row: _Row, given: str) -> list[int]:
     if row.pivots is None:
         if piece:
-            raise row.fail(given, "there is only partition 0: give pivot_positions (or split_positions) to cut at")
+            raise row.fail(
+                given, "there is only partition 0: give pivot_positions (or split_positions) to cut at"
+            )
         return list(range(len(row.ids)))
     cuts = sorted(_inside(pivot, row, given) for pivot in row.pivots)
     edges = [0, *cuts, len(row.ids)]
     if piece >= len(edges) - 1:
-        raise row.fail(given, f"the pivots {list(row.pivots)} cut the row into {len(edges) - 1} partitions, from 0")
+        raise row.fail(
+            given, f"the pivots {list(row.pivots)} cut the row into {len(edges) - 1} partitions, from 0"
+        )
     return list(range(edges[piece], edges[piece + 1]))
 
 

@@ -59,7 +59,9 @@ def query_rows(given: Any, what: str) -> list[dict[str, Any]]:
         given = given.to_dict("records")
     rows = [given] if isinstance(given, Mapping) else list(given) if isinstance(given, list | tuple) else None
     if not rows or any(not isinstance(row, Mapping) for row in rows):
-        raise RequestError(f"{what} must be a dict, a list of dicts or a data frame, with at least one row; got {given!r:.80}")
+        raise RequestError(
+            f"{what} must be a dict, a list of dicts or a data frame, with at least one row; got {given!r:.80}"
+        )
     # a data frame fills what a row leaves out with NaN
     return [{str(k): v for k, v in row.items() if not _missing(v)} for row in rows]
 
@@ -110,7 +112,9 @@ def _keys(where: str, row: dict[str, Any], model: Transformer) -> list[str]:
     """The keys a query names: its activation, with layers and heads filled in."""
     template, holes = row["activation"], str(row["activation"]).count("{}")
     if not isinstance(template, str) or holes > 2:
-        raise RequestError(f"{where}: activation must be a key, or one with {{}} for layer and head; got {template!r}")
+        raise RequestError(
+            f"{where}: activation must be a key, or one with {{}} for layer and head; got {template!r}"
+        )
     for column, wanted in (("layers", holes >= 1), ("heads", holes == 2)):
         if wanted != (column in row):
             raise RequestError(
@@ -122,7 +126,9 @@ def _keys(where: str, row: dict[str, Any], model: Transformer) -> list[str]:
     count = config.n_kv_heads if template.startswith("kv_head") else config.n_heads
     layers = indices_of(where, "layers", row["layers"], config.n_layers)
     heads = indices_of(where, "heads", row["heads"], count) if holes == 2 else [None]
-    return [template.format(*([layer] if head is None else [layer, head])) for layer in layers for head in heads]
+    return [
+        template.format(*([layer] if head is None else [layer, head])) for layer in layers for head in heads
+    ]
 
 
 def indices_of(where: str, column: str, given: Any, count: int) -> list[int]:
@@ -130,8 +136,12 @@ def indices_of(where: str, column: str, given: Any, count: int) -> list[int]:
         return list(range(count))
     listed = list(given) if isinstance(given, list | tuple | range) else [given]
     whole = [int(i) if isinstance(i, float) and i.is_integer() else i for i in listed]
-    if not whole or any(isinstance(i, bool) or not hasattr(i, "__index__") or not 0 <= i < count for i in whole):
-        raise RequestError(f"{where}: {column} must be 'all' or whole numbers from 0 to {count - 1}; got {given!r}")
+    if not whole or any(
+        isinstance(i, bool) or not hasattr(i, "__index__") or not 0 <= i < count for i in whole
+    ):
+        raise RequestError(
+            f"{where}: {column} must be 'all' or whole numbers from 0 to {count - 1}; got {given!r}"
+        )
     return [int(i) for i in whole]
 
 
@@ -139,20 +149,28 @@ def _older_ablations(number: int, row: dict[str, Any], model: Transformer) -> li
     where = f"ablation query {number}"
     _check_columns(where, row, OLDER_COLUMNS, needed=("type", "head-layer-couple"))
     if row["type"] not in OLDER_ABLATIONS:
-        raise RequestError(f"{where}: type {row['type']!r} is unknown; {did_you_mean(str(row['type']), OLDER_ABLATIONS)}")
+        raise RequestError(
+            f"{where}: type {row['type']!r} is unknown; {did_you_mean(str(row['type']), OLDER_ABLATIONS)}"
+        )
     template, kind, positions = OLDER_ABLATIONS[row["type"]]
     if positions is None:
         _check_columns(where, row, OLDER_COLUMNS, needed=("elem-to-ablate",))
         positions = [query_group(where, row["elem-to-ablate"])]
     couples = row["head-layer-couple"]
     if couples in ("all", ["all"]):
-        couples = [(head, layer) for layer in range(model.config.n_layers) for head in range(model.config.n_heads)]
+        couples = [
+            (head, layer) for layer in range(model.config.n_layers) for head in range(model.config.n_heads)
+        ]
     made = []
     for couple in couples if isinstance(couples, list | tuple) else [couples]:
         if not isinstance(couple, list | tuple) or len(couple) != 2:
-            raise RequestError(f"{where}: head-layer-couple is a list of (head, layer) pairs or ['all']; got {couples!r}")
+            raise RequestError(
+                f"{where}: head-layer-couple is a list of (head, layer) pairs or ['all']; got {couples!r}"
+            )
         head, layer = couple
-        made.append(Intervention(activation=template.format(layer, head), type=kind, token_positions=positions))
+        made.append(
+            Intervention(activation=template.format(layer, head), type=kind, token_positions=positions)
+        )
     return made
 
 
@@ -184,10 +202,14 @@ def patches(given: Any, model: Transformer, activations: ActivationCache | None 
         where = f"patching query {number}"
         _check_columns(where, row, tuple(PATCH_COLUMNS), needed=())
         query = {PATCH_COLUMNS[name]: value for name, value in row.items()}
-        _check_columns(where, query, tuple(query), needed=("patching_elem", "layers_to_patch", "activation_type"))
+        _check_columns(
+            where, query, tuple(query), needed=("patching_elem", "layers_to_patch", "activation_type")
+        )
         cache = query.get("patching_activations", activations)
         if not isinstance(cache, ActivationCache):
-            raise RequestError(f"{where}: patching_activations must be a cache, as forward gives it; got {cache!r:.60}")
+            raise RequestError(
+                f"{where}: patching_activations must be a cache, as forward gives it; got {cache!r:.60}"
+            )
         group = query_group(where, query["patching_elem"])
         for key in _patch_keys(where, query, model):
             values = _values_at(where, cache, key, group, query.get("base_activation_index"))
@@ -199,7 +221,9 @@ def _patch_keys(where: str, query: dict[str, Any], model: Transformer) -> list[s
     template = query["activation_type"]
     holes = str(template).count("{}")
     if not isinstance(template, str) or holes not in (1, 2):
-        raise RequestError(f"{where}: activation_type must be a key with {{}} for the layer, such as 'resid_in_{{}}'; got {template!r}")
+        raise RequestError(
+            f"{where}: activation_type must be a key with {{}} for the layer, such as 'resid_in_{{}}'; got {template!r}"
+        )
     layers = indices_of(where, "layers_to_patch", query["layers_to_patch"], model.config.n_layers)
     if holes == 1:
         return [template.format(layer) for layer in layers]
@@ -212,7 +236,9 @@ def _values_at(where: str, cache: ActivationCache, key: str, group: Any, example
         raise RequestError(f"{where}: patching_activations has no {key!r}; extract it there")
     index = cache["mapping_index"]
     if isinstance(index, list) or "info" in index:
-        raise RequestError(f"{where}: patching_activations must hold single positions, neither averaged nor ragged")
+        raise RequestError(
+            f"{where}: patching_activations must hold single positions, neither averaged nor ragged"
+        )
     name = hashable(group)
     known = name if name in index else f"@{name}"
     if known not in index:
@@ -223,7 +249,9 @@ def _values_at(where: str, cache: ActivationCache, key: str, group: Any, example
     if example is None:
         return values
     if not 0 <= example < values.shape[0]:
-        raise RequestError(f"{where}: base_activation_index {example} is not among the {values.shape[0]} examples")
+        raise RequestError(
+            f"{where}: base_activation_index {example} is not among the {values.shape[0]} examples"
+        )
     return values[int(example) : int(example) + 1]
 
 

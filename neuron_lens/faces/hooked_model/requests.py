@@ -15,7 +15,15 @@ from neuron_lens.interventions.places import Frozen
 __all__ = ["Batch", "Intervention", "Operation"]
 
 Operation = Literal["auto", "zero", "scale", "set", "add", "mean", "resample"]
-ATTENTION_TYPES = ("columns", "rows", "grid", "columns_pre_softmax", "rows_pre_softmax", "grid_pre_softmax", "keep_self")
+ATTENTION_TYPES = (
+    "columns",
+    "rows",
+    "grid",
+    "columns_pre_softmax",
+    "rows_pre_softmax",
+    "grid_pre_softmax",
+    "keep_self",
+)
 RENAMED_TYPES = {"colums_pre_softmax": "columns_pre_softmax", "keep-self-attn": "keep_self"}
 
 
@@ -103,14 +111,18 @@ class Intervention(Frozen):
         place = self.place
         pattern = place.field.kind == "pattern"
         if place.name == "extract_value_weighted_pattern":
-            raise ValueError(f"{self.activation} is computed from the pattern: intervene at pattern_… or head_values_…")
+            raise ValueError(
+                f"{self.activation} is computed from the pattern: intervene at pattern_… or head_values_…"
+            )
         if not pattern and self.type != "full":
             raise ValueError(f"type {self.type!r} is for patterns; {self.activation} takes 'full'")
         if self.type.startswith("grid") and len(self.token_positions) != 2:
             raise ValueError("a grid takes a pair: the groups of its queries and of its keys")
         if self.does in ("mean", "resample") and self.source is None:
             raise ValueError(f"{self.does!r} needs source: a cache of other examples")
-        if self.does in ("set", "add") and (self.patching_values is None or isinstance(self.patching_values, str)):
+        if self.does in ("set", "add") and (
+            self.patching_values is None or isinstance(self.patching_values, str)
+        ):
             raise ValueError(f"{self.does!r} needs patching_values: a number or a tensor")
         if place.field.kind == "projected" and self.does not in ("zero", "scale"):
             raise ValueError(

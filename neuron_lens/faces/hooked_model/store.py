@@ -22,7 +22,9 @@ ENVIRONMENT = "ACTIVATION_BASE_DIR"
 def _from_environment() -> str:
     folder = os.environ.get(ENVIRONMENT)
     if not folder:
-        raise RequestError(f"the environment variable {ENVIRONMENT} names no folder; set it, or give base_dir")
+        raise RequestError(
+            f"the environment variable {ENVIRONMENT} names no folder; set it, or give base_dir"
+        )
     return folder
 
 
@@ -102,7 +104,9 @@ class ActivationSaver:
         renamed = ActivationSaver(self.base_dir, new)
         source, target = self.base_dir / self.experiment_name, self.base_dir / new
         if not source.is_dir() or target.exists():
-            raise RequestError(f"cannot rename {source} to {target}: the first must exist, the second must not")
+            raise RequestError(
+                f"cannot rename {source} to {target}: the first must exist, the second must not"
+            )
         os.rename(source, target)
         self.experiment_name = renamed.experiment_name
 
@@ -153,12 +157,18 @@ class ActivationLoader:
             "interventions": interventions,
             **custom,
         }
-        given = {key: json.loads(json.dumps(jsonable(value))) for key, value in wanted.items() if value is not None}
+        given = {
+            key: json.loads(json.dumps(jsonable(value))) for key, value in wanted.items() if value is not None
+        }
         found = []
         for run in self._runs(experiment_name or self.experiment_name):
             told = run.metadata
             fits = all(key in told and told[key] == value for key, value in given.items())
-            if fits and told.get("save_time", "").startswith(save_time or "") and (where is None or where(told)):
+            if (
+                fits
+                and told.get("save_time", "").startswith(save_time or "")
+                and (where is None or where(told))
+            ):
                 found.append(run)
         return QueryResult(sorted(found, key=lambda run: str(run.metadata.get("save_time", ""))))
 
@@ -201,7 +211,9 @@ class QueryResult(Sequence[StoredCache]):
         else:
             named = {run.folder.name: run for run in self._runs}
             if which not in named:
-                raise RequestError(f"the query found no run {which!r}; {did_you_mean(which, named or ['none'])}")
+                raise RequestError(
+                    f"the query found no run {which!r}; {did_you_mean(which, named or ['none'])}"
+                )
             run = named[which]
         return run.load(), dict(run.metadata)
 

@@ -36,7 +36,9 @@ class CacheWriter:
     def __init__(self, folder: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None) -> None:
         self.folder = Path(folder)
         if self.folder.exists():
-            raise RequestError(f"{self.folder} exists already, and stored activations are never overwritten; choose another folder")
+            raise RequestError(
+                f"{self.folder} exists already, and stored activations are never overwritten; choose another folder"
+            )
         self.metadata = _json_value("metadata", dict(metadata or {}))
         self.batches = 0
         self._keys: list[str] | None = None
@@ -56,7 +58,9 @@ class CacheWriter:
             self._keys = keys
         elif set(keys) != set(self._keys):
             changed = sorted(set(keys) ^ set(self._keys))
-            raise RequestError(f"batch {self.batches} has other keys than batch 0: {changed[:6]} are in one of them only")
+            raise RequestError(
+                f"batch {self.batches} has other keys than batch 0: {changed[:6]} are in one of them only"
+            )
         tensors: dict[str, Tensor] = {}
         described = {key: _described(cache[key], key, tensors) for key in keys}
         name = _batch_name(self.batches)
@@ -64,14 +68,19 @@ class CacheWriter:
         write_json_atomic(self._temporary / f"{name}.json", described, indent=None)
         self.batches += 1
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 write_json_atomic(
-                    self._temporary / METADATA, {**self.metadata, "batches": self.batches, "keys": self._keys or []}
+                    self._temporary / METADATA,
+                    {**self.metadata, "batches": self.batches, "keys": self._keys or []},
                 )
                 if self.folder.exists():
-                    raise RequestError(f"{self.folder} appeared meanwhile; nothing was overwritten, choose another folder")
+                    raise RequestError(
+                        f"{self.folder} appeared meanwhile; nothing was overwritten, choose another folder"
+                    )
                 os.rename(self._temporary, self.folder)
         finally:
             shutil.rmtree(self._temporary, ignore_errors=True)
@@ -123,7 +132,9 @@ class StoredCache(Mapping[str, Any]):
             with safe_open(path.with_suffix(".safetensors"), "pt") as file:
                 return ActivationCache({key: _restored(described[key], file) for key in keys})
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise RequestError(f"{path}.safetensors cannot be read: {error}; extract the activations again") from None
+            raise RequestError(
+                f"{path}.safetensors cannot be read: {error}; extract the activations again"
+            ) from None
 
     def __repr__(self) -> str:
         return f"StoredCache({str(self.folder)!r}: {len(self)} keys, {self._batches} batches)"
@@ -157,7 +168,9 @@ def _json_value(name: str, value: Any) -> Any:
     try:
         return json.loads(json.dumps(jsonable(value), allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise RequestError(f"{name} cannot be written as JSON: {error}; give texts, numbers, lists and dicts") from None
+        raise RequestError(
+            f"{name} cannot be written as JSON: {error}; give texts, numbers, lists and dicts"
+        ) from None
 
 
 def _batch_name(number: int) -> str:
@@ -171,7 +184,9 @@ def _described(value: Any, name: str, tensors: dict[str, Tensor]) -> dict[str, A
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
     if isinstance(value, dict):
-        entries = [[_key(key), _described(v, f"{name}/{i}", tensors)] for i, (key, v) in enumerate(value.items())]
+        entries = [
+            [_key(key), _described(v, f"{name}/{i}", tensors)] for i, (key, v) in enumerate(value.items())
+        ]
         return {"dict": entries}
     if isinstance(value, list | tuple) and any(isinstance(entry, Tensor | dict) for entry in value):
         return {"list": [_described(entry, f"{name}/{i}", tensors) for i, entry in enumerate(value)]}

@@ -88,21 +88,31 @@ def _site_of(component: str, model: Transformer) -> tuple[str, int | None]:
     for given, ours in RENAMED.items():
         rest = rest.replace(given, ours, 1) if given in rest else rest
     if rest not in COMPONENTS:
-        raise RequestError(f"no component is called {component!r}; {did_you_mean(rest, [*COMPONENTS, *known])}")
+        raise RequestError(
+            f"no component is called {component!r}; {did_you_mean(rest, [*COMPONENTS, *known])}"
+        )
     layer = int(match[1]) if match else None
     if layer is not None and layer >= model.config.n_layers:
-        raise RequestError(f"{component}: layer {layer} does not exist: the model has {model.config.n_layers}, from 0")
+        raise RequestError(
+            f"{component}: layer {layer} does not exist: the model has {model.config.n_layers}, from 0"
+        )
     return COMPONENTS[rest], layer
 
 
-def _as_hook(function: Callable[..., Any], component: str, model: Transformer, layer: int | None) -> Callable[..., Any]:
+def _as_hook(
+    function: Callable[..., Any], component: str, model: Transformer, layer: int | None
+) -> Callable[..., Any]:
     if not callable(function):
         raise RequestError(f"{component}: a hook must be a function; got {function!r:.60}")
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:  # builtins have no signature: they are given the tensor
         return function
-    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = [
+        p
+        for p in parameters
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
     first = needed[0].name if needed else ""
     if len(needed) not in (3, 4) or first != "module":
         return function

@@ -16,12 +16,19 @@ from neuron_lens.interventions import Zero
 PATTERN = ExtractionConfig(extract_attn_pattern=True, extract_head_z=True)
 
 
-def patterns(case: str, family: str, *interventions: Any, queries: Any = None) -> tuple[list[Any], list[Any], list[Any]]:
+def patterns(
+    case: str, family: str, *interventions: Any, queries: Any = None
+) -> tuple[list[Any], list[Any], list[Any]]:
     """Head 2's pattern of layer 1 without and with interventions, and head 1's with, row by row."""
     model = face(family)
     plain = model.forward(inputs(case), ["all"], extraction_config=PATTERN, ragged=True)
     edited = model.forward(
-        inputs(case), ["all"], extraction_config=PATTERN, ragged=True, interventions=interventions, ablation_queries=queries
+        inputs(case),
+        ["all"],
+        extraction_config=PATTERN,
+        ragged=True,
+        interventions=interventions,
+        ablation_queries=queries,
     )
     for before, after in zip(plain["pattern_L1H1"], edited["pattern_L1H1"], strict=True):
         assert near(before, after)
@@ -74,14 +81,18 @@ def test_a_query_may_see_only_itself(family: str) -> None:
 
 
 def test_a_renormalised_pattern_sums_to_one() -> None:
-    cut = Intervention(activation="pattern_L1H2", type="columns", token_positions=["last"], apply_softmax=True)
+    cut = Intervention(
+        activation="pattern_L1H2", type="columns", token_positions=["last"], apply_softmax=True
+    )
     before, after, _ = patterns("several", "gpt2", cut)
     assert near(after[0].sum(-1), torch.ones(4))
     assert near(after[0][:3], before[0][:3])
 
 
 def test_scaling_and_writing_patterns_keep_the_future_unseen() -> None:
-    scale = Intervention(activation="pattern_L1H2", type="columns", token_positions=[0], multiplication_value=0.5)
+    scale = Intervention(
+        activation="pattern_L1H2", type="columns", token_positions=[0], multiplication_value=0.5
+    )
     before, after, _ = patterns("several", "gpt2", scale)
     assert near(after[1][:, 0], before[1][:, 0] / 2)
     written = torch.eye(4)
@@ -100,7 +111,9 @@ def test_scaling_and_writing_patterns_keep_the_future_unseen() -> None:
 
 @both_families
 @all_inputs
-@pytest.mark.parametrize("key", ["head_z_L1H3", "head_queries_L1H3", "head_keys_L1H3", "kv_head_values_L1H1", "resid_mid_1"])
+@pytest.mark.parametrize(
+    "key", ["head_z_L1H3", "head_queries_L1H3", "head_keys_L1H3", "kv_head_values_L1H1", "resid_mid_1"]
+)
 def test_set_scale_and_add_act_at_their_positions_only(family: str, case: str, key: str) -> None:
     model = face(family)
     flags = dict.fromkeys(["head_z", "head_queries", "head_keys", "kv_head_values", "resid_mid"], True)
@@ -132,7 +145,9 @@ def test_mean_and_resample_take_from_their_source(family: str, case: str) -> Non
     others = torch.tensor([[4, 8, 15, 16], [22, 3, 1, 2], [7, 7, 2, 9], [1, 9, 8, 6]])
     source = model.forward(others, ["last", "first"], extraction_config=config)
     means = model.forward(
-        others, ["last", "first"], extraction_config=ExtractionConfig(extract_head_z=True, avg_over_example=True)
+        others,
+        ["last", "first"],
+        extraction_config=ExtractionConfig(extract_head_z=True, avg_over_example=True),
     )
     fields: dict[str, Any] = {"activation": "head_z_L1H2", "token_positions": ["last", "first"]}
     expected = source["head_z_L1H2"].mean(0)
@@ -155,8 +170,18 @@ def test_a_patching_table_writes_what_the_base_had() -> None:
     other = (inputs("several") + 5) % 23
     frame = pandas.DataFrame(
         [
-            {"pos_token_to_patch": "@last", "activation_type": "resid_in_{}", "layer": 2, "patching_activations": base},
-            {"pos_token_to_patch": 1, "activation_type": "head_z_L{}H{}", "layer": 0, "patching_activations": base},
+            {
+                "pos_token_to_patch": "@last",
+                "activation_type": "resid_in_{}",
+                "layer": 2,
+                "patching_activations": base,
+            },
+            {
+                "pos_token_to_patch": 1,
+                "activation_type": "head_z_L{}H{}",
+                "layer": 0,
+                "patching_activations": base,
+            },
         ]
     )
     patched = model.forward(other, ["last", 1], extraction_config=config, patching_queries=frame)
@@ -172,7 +197,11 @@ def test_declared_interventions_pass_as_they_are_and_work_while_generating() -> 
     ours = [Intervention(activation="mlp_out_1", token_positions=["all"])]
     plain = model.generate(inputs("right"), options)
     given = model.generate(
-        inputs("right"), options, ["last"], interventions=ours, extraction_config=ExtractionConfig(extract_mlp_out=True)
+        inputs("right"),
+        options,
+        ["last"],
+        interventions=ours,
+        extraction_config=ExtractionConfig(extract_mlp_out=True),
     )
     assert not given["cache"]["mlp_out_1"].any()
     assert given["cache"]["mlp_out_0"].shape == (3, 1, 16)
@@ -186,7 +215,10 @@ def test_user_hooks_take_either_form() -> None:
     seen: list[Any] = []
     handles = model.set_hooks(
         [
-            {"component": "model.layers[1].self_attn.o_proj.output", "intervention": lambda module, args, output: output * 0},
+            {
+                "component": "model.layers[1].self_attn.o_proj.output",
+                "intervention": lambda module, args, output: output * 0,
+            },
             {"component": "blocks.0.input", "intervention": lambda x, layer: seen.append(layer)},
         ]
     )
@@ -222,8 +254,14 @@ def test_user_hooks_take_either_form() -> None:
         ([], "at least one row"),
         ("std", "must be a dict"),
         (pandas.DataFrame({"activation": [1.5]}), "must be a key"),
-        ({"activation": "resid_out_1", "value": torch.ones(3, 1, 5), "token_positions": ["last"]}, "d_model is 16"),
-        ({"activation": "resid_out_1", "value": torch.ones(2, 1, 16), "token_positions": ["last"]}, "1 or 3 rows"),
+        (
+            {"activation": "resid_out_1", "value": torch.ones(3, 1, 5), "token_positions": ["last"]},
+            "d_model is 16",
+        ),
+        (
+            {"activation": "resid_out_1", "value": torch.ones(2, 1, 16), "token_positions": ["last"]},
+            "1 or 3 rows",
+        ),
     ],
 )
 def test_queries_that_make_no_sense_are_refused(query: Any, message: str) -> None:
@@ -237,7 +275,10 @@ def test_queries_that_make_no_sense_are_refused(query: Any, message: str) -> Non
         ({"extraction_config": {"extract_resid_out": True}}, "must be an ExtractionConfig"),
         ({"interventions": ["head_out_L0H0"]}, "Intervention objects"),
         ({"vocabulary_index": 3}, "needs keep_gradient"),
-        ({"extraction_config": ExtractionConfig(extract_embed=True, keep_gradient=True)}, "give vocabulary_index"),
+        (
+            {"extraction_config": ExtractionConfig(extract_embed=True, keep_gradient=True)},
+            "give vocabulary_index",
+        ),
         (
             {
                 "extraction_config": ExtractionConfig(extract_embed=True, keep_gradient=True),

@@ -45,7 +45,10 @@ def test_a_heads_values_are_its_slice_of_the_projection(family: str, case: str) 
     width, group = config.d_head, config.n_heads // config.n_kv_heads
     read = cache["attn_in_1"]
     for head in range(config.n_heads):
-        for letter, linear, at in (("values", attention.v, head // group), ("keys", attention.k, head // group)):
+        for letter, linear, at in (
+            ("values", attention.v, head // group),
+            ("keys", attention.k, head // group),
+        ):
             part = torch.nn.functional.linear(
                 read,
                 linear.weight[at * width : (at + 1) * width],
@@ -54,7 +57,8 @@ def test_a_heads_values_are_its_slice_of_the_projection(family: str, case: str) 
             assert near(cache[f"head_{letter}_L1H{head}"], part)
         values = cache[f"head_values_L1H{head}"]
         assert near(
-            cache[f"projected_value_L1H{head}"], values @ attention.out.weight[:, head * width : (head + 1) * width].T
+            cache[f"projected_value_L1H{head}"],
+            values @ attention.out.weight[:, head * width : (head + 1) * width].T,
         )
     assert cache["values_1"].shape[-1] == config.n_kv_heads * width  # the older name of values_L1
     assert near(cache["values_L1"][..., :width], cache["head_values_L1H0"])
@@ -91,8 +95,14 @@ def test_a_row_of_a_batch_is_the_row_alone(family: str, side: str) -> None:
 def test_patching_every_position_of_a_stream_from_base_gives_bases_logits(family: str, case: str) -> None:
     model = face(family)
     target = inputs(case)
-    base = {**target, "input_ids": (target["input_ids"] + 3) % 23} if isinstance(target, dict) else (target + 3) % 23
-    source = model.forward(base, ["all", "last"], ragged=True, extraction_config=ExtractionConfig(extract_resid_in=True))
+    base = (
+        {**target, "input_ids": (target["input_ids"] + 3) % 23}
+        if isinstance(target, dict)
+        else (target + 3) % 23
+    )
+    source = model.forward(
+        base, ["all", "last"], ragged=True, extraction_config=ExtractionConfig(extract_resid_in=True)
+    )
     rows = source["resid_in_2"]
     longest = max(len(row) - 1 for row in rows)
     values = torch.stack([torch.cat((row[:-1], row[:1].expand(longest - len(row) + 1, -1))) for row in rows])
@@ -105,7 +115,9 @@ def test_patching_every_position_of_a_stream_from_base_gives_bases_logits(family
 
 @both_families
 @all_inputs
-@pytest.mark.parametrize("key", ["head_out_L1H2", "head_z_L1H2", "resid_mid_1", "head_queries_L1H2", "head_values_L1H2"])
+@pytest.mark.parametrize(
+    "key", ["head_out_L1H2", "head_z_L1H2", "resid_mid_1", "head_queries_L1H2", "head_values_L1H2"]
+)
 def test_patching_in_what_is_there_changes_nothing(family: str, case: str, key: str) -> None:
     model = face(family)
     cache = model.forward(inputs(case), POSITIONS, extraction_config=EVERYTHING)
@@ -133,7 +145,9 @@ def test_ablating_a_head_leaves_the_others_as_they_were(family: str, case: str) 
 @all_inputs
 def test_the_mean_of_a_group_and_of_examples_is_the_mean(family: str, case: str) -> None:
     model = face(family)
-    each = model.forward(inputs(case), ["all"], ragged=True, extraction_config=ExtractionConfig(extract_resid_out=True))
+    each = model.forward(
+        inputs(case), ["all"], ragged=True, extraction_config=ExtractionConfig(extract_resid_out=True)
+    )
     grouped = ExtractionConfig(extract_resid_out=True, avg=True, save_logits=False)
     averaged = model.forward(inputs(case), ["all", "last"], extraction_config=grouped)
     assert averaged["mapping_index"] == {"all": [0], "last": [1], "info": "avg"}
@@ -153,7 +167,9 @@ def test_gradients_of_every_row_are_those_of_finite_differences(family: str, cas
     model.model.double()  # norms compute in float32 all the same, so the step is not tiny
     rows = 1 if case == "one" else 3
     targets = [4, 8, 15][:rows]
-    config = ExtractionConfig(extract_resid_in=True, extract_head_z=True, extract_embed=True, keep_gradient=True)
+    config = ExtractionConfig(
+        extract_resid_in=True, extract_head_z=True, extract_embed=True, keep_gradient=True
+    )
     cache = model.forward(inputs(case), POSITIONS, extraction_config=config, vocabulary_index=targets)
     direction = torch.randn(16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for key, width in (("resid_in_1", 16), ("head_z_L2H3", 4)):
@@ -161,7 +177,9 @@ def test_gradients_of_every_row_are_those_of_finite_differences(family: str, cas
         for sign in (1, -1):
             vector = torch.zeros(1, 4, width, dtype=torch.float64)
             vector[0, 0] = sign * 1e-2 * direction[:width]  # at the last position only
-            moved = Intervention(activation=key, token_positions=POSITIONS, patching_values=cache[key] + vector)
+            moved = Intervention(
+                activation=key, token_positions=POSITIONS, patching_values=cache[key] + vector
+            )
             logits.append(model.forward(inputs(case), ["last"], interventions=[moved])["logits"][:, 0])
         slope = (logits[0] - logits[1]) / 2e-2
         for row, target in enumerate(targets):
