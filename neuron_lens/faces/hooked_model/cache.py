@@ -25,8 +25,9 @@ class ActivationCache(MutableMapping[str, Any]):
 
     `cat` and `join` put batches after another, by these rules: tensors are concatenated along their first dimension; lists are
     joined; dicts of tensors (`last_layernorm`) and `token_dict` entry by entry; `avg_…` tensors become the mean weighted by
-    `n_examples`, which is summed; `mapping_index` and `metadata` must be the same in all (with ragged rows mapping_index is a list
-    with one entry a row, and joined). A rule registered for a prefix comes before these. Keys must be the same in all.
+    `n_examples`, which is summed; `mapping_index` and `metadata` must be the same in all (with ragged rows
+    mapping_index is a list with one entry a row, and joined). A rule registered for a prefix comes before
+    these. Keys must be the same in all.
 
     Keys of the earlier generation (`values_3` for `values_L3`) find what they mean.
     """

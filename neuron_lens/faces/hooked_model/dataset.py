@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -57,11 +57,11 @@ def extract(
     """`forward` of every batch, joined into one cache.
 
     Args:
-        dataloader: batches as `forward` takes inputs, or mappings with input_ids and attention_mask, and besides them pivot_positions,
-            vocabulary_index and entries of your own.
+        dataloader: batches as `forward` takes inputs, or mappings with input_ids and attention_mask, and
+            besides them pivot_positions, vocabulary_index and entries of your own.
         batch_saver: takes a batch's own entries and returns what to keep of them, by key.
-        stream_to: a new folder, or an `ActivationSaver` for a new run: every batch is written when it is done, and one is in memory
-            at a time; the result is a `StoredCache`. The folder appears when all batches are there.
+        stream_to: a new folder, or an `ActivationSaver` for a new run: every batch is written when it is done,
+            and one is in memory at a time; the result is a `StoredCache`. The folder appears when all batches are there.
         aggregation: (prefix, rule) to join keys that begin so by a rule of your own.
         tag: a word for queries of the store.
         options: those of `forward`, the same for all batches.
@@ -110,7 +110,7 @@ def _batches(
     progress: bool,
 ) -> Iterator[ActivationCache]:
     own: set[str] | None = None
-    total = len(dataloader) if hasattr(dataloader, "__len__") else None
+    total = len(dataloader) if isinstance(dataloader, Sized) else None
     for number, batch in enumerate(tqdm(dataloader, total=total, disable=not progress, unit="batch")):
         inputs, given, others = split_batch(batch)
         keys = {*given, *others}

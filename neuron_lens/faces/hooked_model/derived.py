@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -18,7 +18,8 @@ __all__ = ["block_reduction", "projected", "weighted", "write_matrix"]
 
 def write_matrix(model: Transformer, layer: int) -> Tensor:
     """Each head's part of the output projection, [head, d_head, d_model]."""
-    weight = model.blocks[layer].attn.out.weight.detach()
+    block: Any = model.blocks[layer]
+    weight: Tensor = block.attn.out.weight.detach()
     return weight.unflatten(1, (model.config.n_heads, model.config.d_head)).permute(1, 2, 0)
 
 

@@ -24,29 +24,33 @@ OLDER_NAMES: dict[str, tuple[str, ...]] = {
 class ExtractionConfig(Frozen):
     """Which activations to keep; everything is off but the logits.
 
-    Shapes: B rows, P selected positions (G groups with `avg`), D the stream's width, H heads, K key/value heads, dh a head's width.
+    Shapes: B rows, P selected positions (G groups with `avg`), D the stream's width, H heads, K key/value
+        heads, dh a head's width.
 
     Attributes:
         extract_embed: `input_embeddings` [B, P, D], what enters block 0.
-        extract_resid_in, extract_resid_mid, extract_resid_out: `resid_in_{l}`, `resid_mid_{l}`, `resid_out_{l}` [B, P, D]: the stream
-            entering block l, between attention and MLP, leaving it.
+        extract_resid_in, extract_resid_mid, extract_resid_out: `resid_in_{l}`, `resid_mid_{l}`,
+            `resid_out_{l}` [B, P, D]: the stream entering block l, between attention and MLP, leaving it.
         extract_resid_in_post_layernorm, extract_attn_in: `resid_in_post_layernorm_{l}`, `attn_in_{l}`: what attention reads.
         extract_mlp_in: `mlp_in_{l}`: what the MLP reads.
         extract_attn_out, extract_mlp_out: `attn_out_{l}`, `mlp_out_{l}`: what each adds to the stream.
-        extract_queries, extract_keys, extract_values: `queries_L{l}` [B, P, H·dh], `keys_L{l}`, `values_L{l}` [B, P, K·dh], before rotary.
-        extract_head_queries, extract_head_keys, extract_head_values: `head_queries_L{l}H{h}` and so on [B, P, dh], h a query head; keys
-            and values are those head h reads, shared within its group.
+        extract_queries, extract_keys, extract_values: `queries_L{l}` [B, P, H·dh], `keys_L{l}`, `values_L{l}`
+            [B, P, K·dh], before rotary.
+        extract_head_queries, extract_head_keys, extract_head_values: `head_queries_L{l}H{h}` and so on [B, P,
+            dh], h a query head; keys and values are those head h reads, shared within its group.
         extract_kv_head_keys, extract_kv_head_values: `kv_head_keys_L{l}H{k}` and so on [B, P, dh], k a key/value head.
         extract_head_z: `head_z_L{l}H{h}` [B, P, dh]: the head's mix of values, before the output projection.
         extract_head_out: `head_out_L{l}H{h}` [B, P, D]: the head's output, without the projection's bias.
         extract_head_values_projected, extract_head_keys_projected, extract_head_queries_projected: `projected_value_L{l}H{h}`,
-            `projected_key_L{l}H{h}`, `projected_query_L{l}H{h}` [B, P, D]: the head's vector through its part of the output projection,
-            without bias.
+            `projected_key_L{l}H{h}`, `projected_query_L{l}H{h}` [B, P, D]: the head's vector through its part
+            of the output projection, without bias.
         extract_attn_pattern: `pattern_L{l}H{h}` [B, P, P], queries and keys both the selected positions; with
             `attn_pattern_row_positions` [B, R, P], or block by block [B, row groups, G] when `attn_pattern_avg` is not "none".
         extract_attn_scores: `scores_L{l}H{h}`: the same before the softmax, scaled and masked (-inf).
-        extract_value_weighted_pattern: `value_weighted_pattern_L{l}H{h}` [B, P, P]: each entry times ‖v_key W_O‖ of the key's position.
-        extract_last_layernorm: `last_layernorm` = {"mean", "variance", "second_moment"}, each [B, P], of the stream entering the final norm.
+        extract_value_weighted_pattern: `value_weighted_pattern_L{l}H{h}` [B, P, P]: each entry times ‖v_key
+            W_O‖ of the key's position.
+        extract_last_layernorm: `last_layernorm` = {"mean", "variance", "second_moment"}, each [B, P], of the
+            stream entering the final norm.
         save_input_ids: `input_ids`, for each group a long tensor [B, positions].
         save_logits: `logits` [B, P, d_vocab].
         layers: only these layers; None for all. (Attributes of whole layers and heads alike.)
@@ -55,8 +59,8 @@ class ExtractionConfig(Frozen):
             `neuron_lens.analysis.attention_blocks`. Needs attn_pattern_row_positions.
         attn_pattern_row_positions: groups of query positions, in the grammar of positions; columns are the target groups.
         avg: mean over each position group.
-        avg_over_example: mean over examples, kept as `avg_{key}` [1, P, …] in place of `{key}` and weighted rightly when caches are joined;
-            logits, input ids and `last_layernorm` stay as they are.
+        avg_over_example: mean over examples, kept as `avg_{key}` [1, P, …] in place of `{key}` and weighted
+            rightly when caches are joined; logits, input ids and `last_layernorm` stay as they are.
         keep_gradient: also `{key}_gradients` for every extracted activation: the derivative, for each row, of its last logit of
             `vocabulary_index`.
     """

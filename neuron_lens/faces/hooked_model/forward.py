@@ -140,7 +140,7 @@ class Forward:
 
 
 def gradient_targets(vocabulary_index: Any, rows: int, d_vocab: int) -> Tensor:
-    """One token for each row, [batch]. Raises RequestError when there are neither one nor as many as rows, or none such exists."""
+    """One token for each row, [batch]. Raises RequestError unless there is one, or one a row, of the vocabulary."""
     if vocabulary_index is None:
         raise RequestError(
             "keep_gradient differentiates a logit: give vocabulary_index, a token id or one for each row"

@@ -21,7 +21,8 @@ MULTIMODAL = ("pixel_values", "image_sizes", "images", "pixel_attention_mask", "
 def as_tokens(inputs: Any, tokenizer: Any, side: Literal["left", "right"]) -> tuple[Tensor, Tensor | None]:
     """Tokens [batch, pos], and true where a column is padding (None where nothing is).
 
-    inputs: a text, a list of texts or of ids, a tensor [pos] or [batch, pos], or a mapping with `input_ids` and, when rows are padded,
+    inputs: a text, a list of texts or of ids, a tensor [pos] or [batch, pos], or a mapping with `input_ids`
+        and, when rows are padded,
     `attention_mask` (1 for real tokens).
 
     Raises RequestError for what is none of these, and for images.
@@ -37,7 +38,8 @@ def as_tokens(inputs: Any, tokenizer: Any, side: Literal["left", "right"]) -> tu
     unknown = [name for name in given if name not in MODEL_INPUTS]
     if unknown or "input_ids" not in given:
         raise RequestError(
-            f"inputs must hold 'input_ids', and 'attention_mask' when rows are padded; got {', '.join(map(str, given)) or 'nothing'}"
+            f"inputs must hold 'input_ids', and 'attention_mask' when rows are padded; got "
+            f"{', '.join(map(str, given)) or 'nothing'}"
         )
     tokens, mask = given["input_ids"], given.get("attention_mask")
     if not isinstance(tokens, Tensor):

@@ -21,7 +21,7 @@ from neuron_lens.transformer import Transformer
 if TYPE_CHECKING:
     import os
 
-    from neuron_lens.faces.hooked_model.dataset import StoredCache
+    from neuron_lens.faces.hooked_model.stored import StoredCache
     from neuron_lens.interventions import SweepResult
 
 __all__ = ["HookedModel"]
@@ -102,8 +102,8 @@ class HookedModel:
             ragged: rows may have different numbers of positions in a group; every value is then a list with one tensor a row.
 
         Returns:
-            The activations by key, with `logits`, `mapping_index` {group: indices along dimension 1} and `token_dict` {group: absolute
-            positions of each row}.
+            The activations by key, with `logits`, `mapping_index` {group: indices along dimension 1} and
+            `token_dict` {group: absolute positions of each row}.
 
         Raises:
             RequestError: before anything runs, for what does not exist in the model or selects nothing in some row.
@@ -136,7 +136,7 @@ class HookedModel:
     def predict(
         self, inputs: Any, k: int = 10, strip: bool = True, **options: Any
     ) -> dict[str, float] | list[dict[str, float]]:
-        """The k most probable next tokens after the last selected position: {text: probability}, a list of these for several rows.
+        """The k likeliest next tokens after the last selected position: {text: probability}, or a list with one for each row.
 
         Tokens that look alike once stripped are added up. options: those of `forward`.
         """
@@ -179,7 +179,8 @@ class HookedModel:
             return_text: texts in place of `Generation`s.
 
         Returns:
-            A list with one `Generation` (or text) for each row; with target positions, {"generation_output": that, "cache": cache}.
+            A list with one `Generation` (or text) for each row; with target positions, {"generation_output":
+            that, "cache": cache}.
         """
         options = dict(generation_config or {})
         if "hooks" in options:
@@ -211,7 +212,8 @@ class HookedModel:
         if prepared.config.keep_gradient:
             raise RequestError("generation computes no gradients: use forward with keep_gradient=True")
         generated = self.model.sample(rows, hooks=prepared.tree, **options)
-        output = [one.text for one in generated] if return_text else generated
+        assert isinstance(generated, list), "a list of prompts gives a list"
+        output: list[Any] = [one.text for one in generated] if return_text else generated
         if target_token_positions is None:
             return output
         return {"generation_output": output, "cache": prepared.collected(None)}

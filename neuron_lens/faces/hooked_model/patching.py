@@ -47,7 +47,8 @@ def compute_patching(
 ) -> ActivationCache:
     """Write activations of base prompts into target prompts, and measure how far the output goes over to base.
 
-    For each pair of batches: base is run and its activations kept; target is run clean; target is run with base's activations at the
+    For each pair of batches: base is run and its activations kept; target is run clean; target is run with
+        base's activations at the
     queried positions of all queried layers together.
 
     Args:
@@ -63,11 +64,13 @@ def compute_patching(
         options: further options of `forward`, for all passes.
 
     Returns:
-        What the patched pass extracted, and by row: `base_logits`, `target_clean_logits`, `target_patched_logits` [batch, P, d_vocab];
-        `kl_clean|base` = KL(base ‖ clean), `kl_patched|base`, `kl_patched|clean` = KL(clean ‖ patched), `kl_difference` = patched|base −
-        clean|base, each [batch], in nats, the mean over the positions; with return_logit_diff `logit_diff_in_clean`,
-        `logit_diff_in_patched` and `logit_diff_variation`, each [batch, pairs]. Their means over rows are the usual scalars. With
-        each="layer" also `sweep_kl_patched|base` (and `sweep_logit_diff_in_patched`, the mean over pairs) [batch, layers, queries].
+        What the patched pass extracted, and by row: `base_logits`, `target_clean_logits`,
+            `target_patched_logits` [batch, P, d_vocab];
+        `kl_clean|base` = KL(base ‖ clean), `kl_patched|base`, `kl_patched|clean` = KL(clean ‖ patched),
+        `kl_difference` = patched|base − clean|base, each [batch], in nats, the mean over the positions; with
+        return_logit_diff `logit_diff_in_clean`, `logit_diff_in_patched` and `logit_diff_variation`, each
+        [batch, pairs]. Their means over rows are the usual scalars. With each="layer" also
+        `sweep_kl_patched|base` (and `sweep_logit_diff_in_patched`, the mean over pairs) [batch, layers, queries].
 
     Raises:
         RequestError: dataloaders of different length, rows that do not pair up, a query that does not fit.
@@ -238,8 +241,8 @@ def sweep_requests(
 
     Args:
         cells: each an `Intervention`, or several that act together.
-        metric: a metric of `neuron_lens.interventions` (`LogitDifference`), or a function of logits [batch, columns, d_vocab] that returns
-            one number a row; or several by name.
+        metric: a metric of `neuron_lens.interventions` (`LogitDifference`), or a function of logits [batch,
+            columns, d_vocab] that returns one number a row; or several by name.
         axes: names and labels of a table whose entries the cells are, the last axis fastest; None numbers them.
         metric_positions: groups whose logits plain functions are given; None gives all columns.
         options: those of `neuron_lens.interventions.sweep`.

@@ -109,7 +109,8 @@ class ResolvedPositions:
                 if len(positions) != len(rows[0]):
                     raise RequestError(
                         f"{name!r} selects {len(rows[0])} positions in row 0 and {len(positions)} in row {row}; pass "
-                        f"ragged=True to get a list with one tensor for each row, or avg=True and save_logits=False for one mean for each group"
+                        f"ragged=True to get a list with one tensor for each row, or avg=True and "
+                        f"save_logits=False for one mean for each group"
                     )
 
 

@@ -74,10 +74,11 @@ def ablations(given: Any, model: Transformer) -> list[Intervention]:
     """The interventions of ablation queries.
 
     A query names what it acts at: `activation`, a key (`head_out_L3H5`) or a key with `{}` for the layer and the head
-    (`head_out_L{}H{}`), filled from `layers` and `heads` (an int, a list, or "all"); then `token_positions` (default all), `operation`
-    (default zero), `value`, `factor`, `source`, `seed`, `type`, `apply_softmax`, as in `Intervention`. The older form has
-    `type` (std, full-head, keep-self-attn, block-img-txt, block-img-img, flash-attn), `head-layer-couple` ((head, layer) pairs, or
-    ["all"]) and `elem-to-ablate` ("@name" of the grammar, or token text).
+    (`head_out_L{}H{}`), filled from `layers` and `heads` (an int, a list, or "all"); then `token_positions`
+    (default all), `operation` (default zero), `value`, `factor`, `source`, `seed`, `type`, `apply_softmax`, as
+    in `Intervention`. The older form has `type` (std, full-head, keep-self-attn, block-img-txt, block-img-img,
+    flash-attn), `head-layer-couple` ((head, layer) pairs, or ["all"]) and `elem-to-ablate` ("@name" of the
+    grammar, or token text).
 
     Raises RequestError naming the query and the column that is missing, unknown or wrong.
     """
@@ -188,9 +189,11 @@ def query_group(where: str, given: Any) -> Any:
 def patches(given: Any, model: Transformer, activations: ActivationCache | None = None) -> list[Intervention]:
     """The interventions of patching queries: positions written with what another run had there.
 
-    Columns: `patching_elem` or `pos_token_to_patch` ("@name", or token text); `layers_to_patch` or `layer` (an int, a list, "all");
-    `activation_type`, a key with {} for the layer (`resid_in_{}`) and a second for the head; `patching_activations`, a cache that was
-    extracted at the same position; `base_activation_index`, one example of it for all rows.
+    Columns: `patching_elem` or `pos_token_to_patch` ("@name", or token text); `layers_to_patch` or `layer` (an
+        int, a list, "all");
+    `activation_type`, a key with {} for the layer (`resid_in_{}`) and a second for the head;
+    `patching_activations`, a cache that was extracted at the same position; `base_activation_index`, one
+    example of it for all rows.
 
     Args:
         activations: used where a query has no cache of its own.

@@ -31,7 +31,8 @@ RENAMED_TYPES = {"colums_pre_softmax": "columns_pre_softmax", "keep-self-attn": 
 class Batch:
     """Prompts as the model takes them.
 
-    tokens: [batch, pos]. pad: true where a column is padding, None without. pivots: where inputs-partition-k cuts, for all rows or
+    tokens: [batch, pos]. pad: true where a column is padding, None without. pivots: where inputs-partition-k
+        cuts, for all rows or
     row by row. tokenizer, seed: for positions by text and random ones.
     """
 
@@ -51,14 +52,16 @@ class Intervention(Frozen):
 
     Attributes:
         activation: a key, as extraction names it: `resid_out_3`, `head_out_L3H5`, `pattern_L0H1`. Keys and values of a query head
-            (`head_values_L0H1`) are those it reads, which its group shares under grouped attention; `kv_head_values_L0H0` names them
-            by their own index. `projected_…` takes zero and scale only, done to the head's own vector.
-        type: "full": at the positions. At patterns and scores: "columns" (the positions are keys), "rows" (queries), "grid" (a pair:
-            queries, keys), each also `…_pre_softmax`; "keep_self": the queries see only themselves. The causal mask is never undone.
+            (`head_values_L0H1`) are those it reads, which its group shares under grouped attention;
+            `kv_head_values_L0H0` names them by their own index. `projected_…` takes zero and scale only, done
+            to the head's own vector.
+        type: "full": at the positions. At patterns and scores: "columns" (the positions are keys), "rows"
+            (queries), "grid" (a pair: queries, keys), each also `…_pre_softmax`; "keep_self": the queries see
+            only themselves. The causal mask is never undone.
         token_positions: groups in the grammar of positions; a pair of such lists for grids.
-        operation: "zero"; "scale" by multiplication_value; "set" to patching_values; "add" patching_values; "mean": the mean over the
-            source's examples; "resample": another example of the source, drawn with `seed`. "auto": set when there are values, the
-            mean when there is a source, else scale (by 0 unless said otherwise).
+        operation: "zero"; "scale" by multiplication_value; "set" to patching_values; "add" patching_values; "mean": the
+            mean over the source's examples; "resample": another example of the source, drawn with `seed`. "auto": set
+            when there are values, the mean when there is a source, else scale (by 0 unless said otherwise).
         patching_values: a number, a vector [width], or values of the selected positions [positions, width] or [batch or 1,
             positions, width]; patterns [queries, keys] or [batch or 1, queries, keys], selected or whole. "ablation" is zero.
         source: a cache that holds the activation at as many positions, for mean and resample.

@@ -61,12 +61,12 @@ def test_a_study_of_heads(tmp_path: Path) -> None:
         for head in range(heads)
     ]
     result = model.sweep(
-        saw[0], cells, LogitDifference(yes, no), axes={"layer": range(layers), "head": range(heads)}
+        saw[0][:8], cells, LogitDifference(yes, no), axes={"layer": range(layers), "head": range(heads)}
     )
     assert result.effect().shape == (layers, heads)
     assert result.effect().abs().max() > 0
     assert result.to_svg().count("<title>") >= layers * heads
-    one = model.forward(saw[0], ["last"], interventions=[cells[-1]])["logits"][:, 0]
+    one = model.forward(saw[0][:8], ["last"], interventions=[cells[-1]])["logits"][:, 0]
     assert torch.allclose(result.per_example()[-1, -1], one[:, yes] - one[:, no], atol=1e-3)
     table = pytest.importorskip("pandas") and result.to_dataframe()
     assert list(table.columns[:2]) == ["layer", "head"] and len(table) == layers * heads
@@ -74,15 +74,15 @@ def test_a_study_of_heads(tmp_path: Path) -> None:
     # how far the stream of the second data set carries over, at every layer
     patched = model.compute_patching(
         ["last"],
-        lost[:2],
-        saw[:2],
+        lost[:1],
+        saw[:1],
         {"patching_elem": "@last", "layers_to_patch": "all", "activation_type": "resid_in_{}"},
-        [[yes]] * 2,
-        [[no]] * 2,
+        [[yes]],
+        [[no]],
         return_logit_diff=True,
         each="layer",
     )
-    assert patched["sweep_kl_patched|base"].shape == (32, layers, 1)
+    assert patched["sweep_kl_patched|base"].shape == (16, layers, 1)
     # everything is patched in the deepest layer's stream: what is left is closer to base than where it started
     assert patched["kl_patched|base"].mean() < patched["kl_clean|base"].mean()
 
