@@ -172,7 +172,9 @@ def _ratios(peers: list[Peer], times: list[dict[str, dict[str, float]]], clock: 
 
 
 def _deviation(ours: str, theirs: str) -> float:
-    """Largest difference of two written outputs, in standard deviations of ours; infinite where shapes differ."""
+    """Largest difference of two written outputs, in standard deviations of ours (of a single number, in its size);
+    infinite where shapes differ.
+    """
     import numpy
 
     with numpy.load(ours) as mine, numpy.load(theirs) as others:
@@ -181,7 +183,9 @@ def _deviation(ours: str, theirs: str) -> float:
         worst = 0.0
         for name in mine.files:
             a, b = mine[name].astype("float64"), others[name].astype("float64")
-            worst = max(worst, float(abs(a - b).max() / (a.std() or 1.0)) if a.size else 0.0)
+            if a.size:
+                unit = a.std() or abs(a).max() or 1.0
+                worst = max(worst, float(abs(a - b).max() / unit))
         return worst
 
 
