@@ -25,7 +25,7 @@ from neuron_lens.autoencoders import Autoencoder, AutoencoderConfig, Provenance,
 from neuron_lens.autoencoders.activations import JumpReLU
 from neuron_lens.autoencoders.folding import fold_scale
 from neuron_lens.files.atomic import write_json_atomic
-from neuron_lens.harvest.run import model_fingerprint
+from neuron_lens.harvest.run import fitting_shape, model_fingerprint
 
 if TYPE_CHECKING:
     from neuron_lens.harvest.corpus import Corpus
@@ -152,6 +152,7 @@ class Trainer:
     def _build(self, d_in: int, device: torch.device) -> None:
         settings = self.settings
         site = Site(path=settings.site, layer=settings.layer)
+        begins = bool(self.model.tokenizer.adds_bos)  # every row begins with that token
         config = AutoencoderConfig(
             d_in=d_in,
             d_latent=settings.d_latent,
@@ -163,7 +164,8 @@ class Trainer:
             site_in=site,
             site_out=site,
             model_name=self.model.config.name or None,
-            context_size=self.model.config.n_ctx,
+            context_size=fitting_shape(self.model).row_length + begins,
+            prepend_bos=begins,
             provenance=Provenance(format="neuron_lens", path=str(self.folder), source_config=self.key),
         )
         generator = torch.Generator().manual_seed(settings.seed)
