@@ -1,6 +1,7 @@
 """Opening a checkpoint from safetensors, in time and memory, against transformers.
 
-The second case also reads every weight once, since a mapped file costs nothing until it is read.
+The second case also reads every weight once, since a mapped file costs nothing until it is read; the sum of squares that
+is compared is of float32 and rough: equality of weights is for the tests of loading.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ def cases(tiny: bool) -> list[Case]:
     """Opening alone, and opening and reading."""
     model = TINY if tiny else SMALL
     return [
-        Case("open", {"model": model, "read": False}, tolerance=1e-5),
-        Case("open and read every weight", {"model": model, "read": True}, tolerance=1e-5),
+        Case("open", {"model": model, "read": False}, tolerance=1e-3),
+        Case("open and read every weight", {"model": model, "read": True}, tolerance=1e-3),
     ]
 
 
