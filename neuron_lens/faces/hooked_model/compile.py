@@ -136,6 +136,7 @@ def _filled(
             f"{request.activation}: values for {value.shape[0]} rows and {value.shape[1]} positions were given; expected 1 or "
             f"{rows} rows, and the {selected} positions of {list(request.token_positions)}"
         )
+    value = value.to(where.columns.device)
     full = value.new_zeros(rows, batch.tokens.shape[1], *value.shape[2:])
     at_row, at_selected = where.mask.nonzero(as_tuple=True)
     full[at_row, where.columns[at_row, at_selected]] = value.expand(rows, *value.shape[1:])[

@@ -311,3 +311,16 @@ def test_unknown_arguments_and_fields_are_refused() -> None:
         face().get_processor()
     older = ExtractionConfig(extract_avg_attn_pattern=True)
     assert older.extract_attn_pattern and older.avg_over_example
+
+
+def test_writing_the_prompts_own_stream_changes_no_generation() -> None:
+    model, options = face("llama"), {"max_new_tokens": 3, "temperature": 0.0}
+    base = model.forward(
+        inputs("several"), ["last"], extraction_config=ExtractionConfig(extract_resid_in=True)
+    )
+    query = {"patching_elem": "@last", "layers_to_patch": [1, 2], "activation_type": "resid_in_{}"}
+    patched = model.generate(
+        inputs("several"), options, patching_queries={**query, "patching_activations": base}
+    )
+    plain = model.generate(inputs("several"), options)
+    assert [one.ids for one in patched] == [one.ids for one in plain]
