@@ -9,8 +9,8 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "neuron_lens/__init__.py").read_text())[1]
 
 EXTRAS = {
-    "hf": ["transformers>=4.51", "tokenizers>=0.21", "huggingface_hub>=0.30"],
-    "explain": ["openai>=1.60", "httpx>=0.27"],
+    "hf": ["transformers>=4.51", "tokenizers>=0.21", "huggingface_hub>=0.30", "pyyaml>=6"],
+    "explain": ["openai>=1.60"],
     "report": ["pandas>=2.0", "matplotlib>=3.8"],
 }
 EXTRAS["test"] = [
@@ -22,6 +22,7 @@ EXTRAS["test"] = [
     "ruff>=0.9",
     "mypy>=1.13",
     "types-tqdm",
+    "types-PyYAML",
     "pyarrow>=16",
     "datasets>=2.20",
     "build>=1.2",
