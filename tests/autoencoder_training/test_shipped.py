@@ -24,7 +24,7 @@ def test_it_is_small_and_explains_what_the_card_says() -> None:
     card = Evaluation.model_validate(json.loads((FOLDER / "sae" / "evaluation.json").read_text()))
     model = Transformer.load("pico").eval()
     seen = evaluate_autoencoder(
-        model, autoencoder, Corpus.of_paths([FOLDER / "sample"]), split="all", max_tokens=3000, progress=False
+        model, autoencoder, Corpus.of_paths([FOLDER / "sample"]), split="all", max_tokens=1500, progress=False
     )
     assert seen.l0 == card.l0 == pytest.approx(autoencoder.config.k, abs=0.1)
     assert seen.variance_explained == pytest.approx(card.variance_explained, abs=0.08)
