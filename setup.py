@@ -28,7 +28,9 @@ EXTRAS["test"] = [
     "build>=1.2",
     "setuptools>=69",
 ]
-EXTRAS["all"] = sorted({requirement for extra in ("hf", "explain", "report") for requirement in EXTRAS[extra]})
+EXTRAS["all"] = sorted(
+    {requirement for extra in ("hf", "explain", "report") for requirement in EXTRAS[extra]}
+)
 
 setup(
     name="neuron-lens",

@@ -40,7 +40,9 @@ __all__: list[str] = sorted([*_PUBLIC, "__version__"])  # noqa: PLE0605 - one ta
 def __getattr__(name: str) -> Any:
     module = _PUBLIC.get(name)
     if module is None:
-        raise AttributeError(f"module 'neuron_lens' has no attribute {name!r}; it offers: {', '.join(__all__)}")
+        raise AttributeError(
+            f"module 'neuron_lens' has no attribute {name!r}; it offers: {', '.join(__all__)}"
+        )
     return getattr(importlib.import_module(module), name)
 
 

@@ -23,7 +23,18 @@ from typing import Literal
 __all__ = ["AXES", "Axis"]
 
 Axis = Literal[
-    "batch", "pos", "key_pos", "head", "kv_head", "d_head", "d_model", "d_mlp", "d_vocab", "d_latent", "expert", "one"
+    "batch",
+    "pos",
+    "key_pos",
+    "head",
+    "kv_head",
+    "d_head",
+    "d_model",
+    "d_mlp",
+    "d_vocab",
+    "d_latent",
+    "expert",
+    "one",
 ]
 
 AXES: tuple[Axis, ...] = (

@@ -16,5 +16,9 @@ def unembedded_directions(matrix: Tensor | FactoredMatrix, unembedding: Tensor, 
 
     matrix: [any, d_model]. unembedding: [d_model, d_vocab]. Returns [d_vocab, count].
     """
-    directions = matrix.V if isinstance(matrix, FactoredMatrix) else torch.linalg.svd(matrix.float(), full_matrices=False).Vh.mT
+    directions = (
+        matrix.V
+        if isinstance(matrix, FactoredMatrix)
+        else torch.linalg.svd(matrix.float(), full_matrices=False).Vh.mT
+    )
     return (directions[:, :count].float().T @ unembedding.float()).T

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from faces.hooked_model.cases import both_families, face, inputs, near
+
 from neuron_lens.analysis.attention_blocks import attention_blocks
 from neuron_lens.errors import RequestError
 from neuron_lens.faces.hooked_model import (

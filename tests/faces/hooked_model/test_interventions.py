@@ -7,8 +7,8 @@ from typing import Any
 import pandas
 import pytest
 import torch
-
 from faces.hooked_model.cases import all_inputs, both_families, face, inputs, near
+
 from neuron_lens.errors import RequestError
 from neuron_lens.faces.hooked_model import ExtractionConfig, Intervention
 from neuron_lens.interventions import Zero

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from faces.hooked_model.cases import EVERY_FIELD, ROWS, all_inputs, both_families, face, inputs, near
+
 from neuron_lens.errors import NeuronLensError, RequestError
 from neuron_lens.faces.hooked_model import ExtractionConfig, Intervention
 
