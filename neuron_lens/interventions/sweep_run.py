@@ -22,6 +22,7 @@ __all__ = ["CleanRun", "SweepRunner"]
 
 # More tokens than this in one product gain nothing on a CPU, and leave its caches.
 TOKENS_AT_ONCE = 1536
+MIN_TOKENS = 64
 
 
 class CleanRun:
@@ -133,7 +134,7 @@ class SweepRunner:
     def _joins(self, group: Group, job: Job) -> bool:
         if job.splits_heads != group.splits_heads:
             return False
-        if job.first != group.first and len(group.jobs) * self.rows * (self.stop - group.first) >= 64:
+        if job.first != group.first and len(group.jobs) * self.rows * (self.stop - group.first) >= MIN_TOKENS:
             return False
         return len(group.jobs) < self.cells_at_once(job.first, group.explicit or self._explicit(job))
 

@@ -82,7 +82,7 @@ def read_set_config(checkpoint: Checkpoint) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        import yaml  # type: ignore[import-untyped]
+        import yaml
     except ImportError as error:
         raise MissingExtraError("pyyaml", "hf", "reading circuit-tracer's config.yaml") from error
     try:
