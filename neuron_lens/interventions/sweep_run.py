@@ -22,7 +22,8 @@ __all__ = ["CleanRun", "SweepRunner"]
 
 # More tokens than this in one product gain nothing on a CPU, and leave its caches.
 TOKENS_AT_ONCE = 1536
-MIN_TOKENS = 64
+# Fewer than this, and a pass costs as much as one of so many: it reads all weights either way.
+MIN_TOKENS = 192
 
 
 class CleanRun:
