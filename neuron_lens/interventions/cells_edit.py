@@ -46,14 +46,15 @@ class CellsEdit:
         self.name = parts[0][1].intervention.label()
 
     def __call__(self, x: Tensor, layer: int | None = None) -> Tensor:
-        blocks = x.unflatten(0, (self.cells, self.rows))
+        blocks: Tensor = x.unflatten(0, (self.cells, self.rows))
         chosen = torch.tensor([cell for cell, _ in self.parts], device=x.device)
         part = blocks[chosen]
         at = self.frame.at(self.site, layer, self.first, x.device)
         changed = self.parts[0][1].intervention.changed(part, at)
-        out = blocks.clone()
+        out: Tensor = blocks.clone()
         out[chosen] = torch.where(self._mask(part), changed, part).to(x.dtype)
-        return out.flatten(0, 1)
+        together: Tensor = out.flatten(0, 1)
+        return together
 
     def _mask(self, x: Tensor) -> Tensor:
         """Which part of x [cells, *axes] is meant; broadcasts to it."""

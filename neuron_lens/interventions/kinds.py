@@ -141,7 +141,8 @@ class ProjectOut(Intervention):
         # right singular vectors of the stack span it, whatever its rank
         _, size, basis = torch.linalg.svd(directions.reshape(-1, directions.shape[-1]), full_matrices=False)
         basis = basis[size > size[0] * 1e-10].to(x.dtype)
-        return x - (x @ basis.T) @ basis
+        kept: Tensor = x - (x @ basis.T) @ basis
+        return kept
 
     def _check_values(self, config: TransformerConfig, path: str) -> None:
         self._check_broadcast(

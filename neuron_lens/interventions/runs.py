@@ -181,7 +181,8 @@ def _run(
         last = last_columns(tokens, pad)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        return model(tokens, hooks=hooks, pad=pad, logits_at=last)
+        logits: Tensor = model(tokens, hooks=hooks, pad=pad, logits_at=last)
+    return logits
 
 
 def last_columns(tokens: Tensor, pad: Tensor | None) -> Tensor:

@@ -302,6 +302,7 @@ class SweepRunner:
         assert self.clean is not None, "the clean run comes first"
         n_layers, cells = self.model.config.n_layers, len(jobs)
         hooks = None if plain else self._hooks(jobs, n_layers, first)
+        fresh: Tensor
         columns = self.columns
         if columns is None:
             columns = torch.arange(self.length, device=x.device).expand(self.rows, -1)
