@@ -169,9 +169,12 @@ def test_requests_that_make_no_sense_are_refused(fields: dict[str, object]) -> N
 
 
 _INTERRUPTED = textwrap.dedent("""
-    import sys
+    import signal, sys
     from neuron_lens.llm import CachedBackend, ScriptedBackend, run_all
     from tests.llm.asking import asks
+
+    # a shell that runs the tests in the background has children ignore the signal
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def answer(request):
         print("answered", flush=True)

@@ -30,7 +30,8 @@ json_objects = st.recursive(
 prose = st.text(alphabet="abc .,:;!?\n'\"", max_size=20)
 
 
-@given(json_objects, prose, prose)
+# without double quotes: a value between them is a JSON string, and read as one
+@given(json_objects, prose.map(lambda text: text.replace('"', "")), prose)
 def test_a_whole_value_is_found_in_prose(value: Any, before: str, after: str) -> None:
     assert json_values(f"{before}{json.dumps(value)}{after}") == [value]
 
