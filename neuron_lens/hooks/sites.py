@@ -7,6 +7,10 @@ model passes `layer=i`. An empty site costs next to nothing; one whose tensor is
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
+
 from neuron_lens.hooks.tree import FwdBwdHooks, HookCollection
 from neuron_lens.shapes import Axis
 
@@ -150,6 +154,27 @@ def _gather_hooked(node: HookCollection, found: list[FwdBwdHooks]) -> None:
                 found.append(child)
         elif isinstance(child, HookCollection):
             _gather_hooked(child, found)
+
+
+class _SilentSite(FwdBwdHooks):
+    """A site at which nothing is hooked and nothing can be: it answers without looking."""
+
+    def has_any(self) -> bool:
+        return False
+
+    def acts_at(self, layer: int | None) -> bool:
+        return False
+
+    def __call__(self, x: Tensor, **context: Any) -> Tensor:
+        return x
+
+
+def silent_tree() -> TransformerHooks:
+    """The tree of a pass without hooks. Shared by all of them, so nobody may append to it."""
+    tree = TransformerHooks()
+    for site in tree.sites():
+        site.__class__ = _SilentSite
+    return tree
 
 
 def _adopt(node: HookCollection) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from neuron_lens.errors import HookError, RequestError
 from neuron_lens.hooks import Run, TransformerHooks
+from neuron_lens.hooks.sites import silent_tree
 from neuron_lens.transformer.block import Block
 from neuron_lens.transformer.config import TransformerConfig
 from neuron_lens.transformer.frame import Frame
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Transformer"]
 
 # Shared by all passes without hooks; nobody can reach it to append to it.
-_NO_HOOKS = TransformerHooks()
+_NO_HOOKS = silent_tree()
 
 
 class Transformer(nn.Module):
@@ -192,7 +193,7 @@ class Transformer(nn.Module):
         """Refuse hooks at sites and layers this model does not have."""
         hooked = hooks.hooked_sites()
         if not hooked:
-            return hooks
+            return _NO_HOOKS
         absent = self.config.absent_sites()
         for site in hooked:
             if site.path in absent and site.acts_at(None):
