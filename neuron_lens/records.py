@@ -1,13 +1,13 @@
 """What was seen of a unit: frozen, typed records, plain Python, no torch.
 
-A unit is a neuron, an autoencoder latent or an attention head. A window is a stretch of one document as the
+A unit is a neuron, an autoencoder latent, an attention head or a direction at a site. A window is a stretch of one document as the
 model read it, with the unit's activation at every token. Records are closed (an unknown field is an error),
 hold no NaN (what is missing is `None`), and go to JSON and back unchanged.
 """
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
 
@@ -22,7 +22,7 @@ __all__ = [
     "WindowId",
 ]
 
-UnitKind = Literal["neuron", "latent", "head"]
+UnitKind = Literal["neuron", "latent", "head", "direction"]
 
 # Identity of a window in a corpus: (index of the document, index of its first token in the document).
 WindowId = tuple[int, int]
@@ -37,19 +37,23 @@ class Record(BaseModel):
 class Unit(Record):
     """One part of a model that can be explained.
 
-    `site` is the path of the hook site the activation is read at ("mlp.post_act" for a neuron), `index` the
-    place on that site's last axis (for a head: the head).
+    `site` is the path of the hook site the activation is read at ("mlp.post_act" for a neuron, "attn.v_out"
+    for a head), `index` the place on that site's last axis (for a head: the head; for a latent: its place in
+    its autoencoder). `dictionary` names the autoencoder or direction that a latent or direction belongs to,
+    with the first digits of its fingerprint; empty for parts of the model itself.
     """
 
     kind: UnitKind = "neuron"
     layer: NonNegativeInt
     index: NonNegativeInt
     site: str = "mlp.post_act"
+    dictionary: str = Field(default="", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$|^$")
 
     @property
     def name(self) -> str:
         """A short name that is also a folder name: "layer2_neuron17"."""
-        return f"layer{self.layer}_{self.kind}{self.index}"
+        suffix = f"_{self.dictionary}" if self.dictionary else ""
+        return f"layer{self.layer}_{self.kind}{self.index}{suffix}"
 
     def __str__(self) -> str:
         return f"{self.kind} {self.index} of layer {self.layer}"
@@ -60,7 +64,8 @@ class TokenWindow(Record):
 
     All per-token fields have one entry a token. `tokens` are the tokens' texts (bytes that are not whole
     characters appear as U+FFFD), `annotations` maps the name of an annotation (such as "lexical_class") to
-    its value at every token.
+    its value at every token. Of an attention head, the activation at a token is the largest write norm
+    there, and `sources` says which token of the window it is written from.
     """
 
     document: str  # the path or name of the document
@@ -73,10 +78,18 @@ class TokenWindow(Record):
     activations: tuple[float, ...]
     preceding: tuple[str, ...] = ()  # the last few tokens before the window, for reading
     annotations: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    sources: tuple[int, ...] | None = None  # index of the token attended to, -1 outside the window (heads)
 
     @model_validator(mode="after")
     def _one_entry_a_token(self) -> Self:
-        fields = {"ids": self.ids, "activations": self.activations, **self.annotations}
+        fields: dict[str, tuple[Any, ...]] = {"ids": self.ids, "activations": self.activations}
+        fields |= self.annotations
+        if self.sources:
+            fields["sources"] = self.sources
+        if self.sources is not None:
+            fields["sources"] = self.sources
+            if not all(-1 <= source <= place for place, source in enumerate(self.sources)):
+                raise ValueError("sources must be -1 or the index of a token not after the one that attends")
         for name, values in fields.items():
             if len(values) != len(self.tokens):
                 raise ValueError(f"{name} holds {len(values)} values for {len(self.tokens)} tokens")
