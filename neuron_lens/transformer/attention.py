@@ -55,7 +55,7 @@ class Attention(nn.Module):
         """What attention adds to the stream, [batch, pos, d_model].
 
         q_in, k_in, v_in: the normalised stream [batch, pos, d_model] (one tensor, three times), or copies for each
-        head [batch, pos, head or kv_head, d_model].
+        head [batch, pos, head or kv_head, d_model]. Where the frame reads some columns only, q_in has just those.
         """
         q = hooks.q(self._project(q_in, self.q), **context)
         k = hooks.k(self._project(k_in, self.k), **context)
@@ -150,8 +150,9 @@ class Attention(nn.Module):
         q, k = self._clipped(q), self._clipped(k)
         if self.config.rotary is None:
             return q, k
-        table = frame.rotary(local=self.window is not None)
-        q, k = rotate(q, table, self.config.rotary), rotate(k, table, self.config.rotary)
+        local = self.window is not None
+        q = rotate(q, frame.query_rotary(local), self.config.rotary)
+        k = rotate(k, frame.rotary(local), self.config.rotary)
         return hooks.rot_q(q, **context), hooks.rot_k(k, **context)
 
     def _alibi(self, frame: Frame) -> Tensor:

@@ -17,6 +17,13 @@ from neuron_lens.transformer.norm import Norm
 
 __all__ = ["Block"]
 
+# Sites on the way to queries, keys and values: they hold all columns, however few leave the block.
+_SEES_ALL_COLUMNS = frozenset(
+    [f"resid.torso.{site}" for site in ("pre_attn", "attn_in", "post_ln_attn")]
+    + [f"resid.torso.ln_attn.{part}" for part in ("post_mean_subtraction", "scale", "post_scale")]
+    + [f"attn.{site}" for site in ("q_in", "k_in", "v_in", "k", "v", "rot_k")]
+)
+
 
 class Block(nn.Module):
     """Reads the stream twice and adds to it twice.
@@ -45,10 +52,17 @@ class Block(nn.Module):
         self.ln_mlp_out = norm(after and has_mlp)
 
     def forward(self, x: Tensor, hooks: TransformerHooks, frame: Frame, **context: Any) -> Tensor:
-        """The stream entering the block -> the stream leaving it, [batch, pos, d_model]."""
+        """The stream entering the block -> the stream leaving it, [batch, pos, d_model].
+
+        Where the frame reads some columns only, the stream leaving is that of those columns; nothing behind the
+        inputs of attention may be hooked then (`needs_all_columns`).
+        """
         torso = hooks.resid.torso
         x = torso.pre_attn(x, **context)
-        added = self.attn(*self._attention_inputs(x, hooks, **context), hooks.attn, frame, **context)
+        q_in, k_in, v_in = self._attention_inputs(x, hooks, **context)
+        if frame.read is not None:
+            x, q_in = frame.wanted(x), frame.wanted(q_in)
+        added = self.attn(q_in, k_in, v_in, hooks.attn, frame, **context)
         added = self._scaled(_normed(self.ln_attn_out, added, torso.ln_attn_out, **context))
         entering = x
         x = x + torso.delta_attn(added, **context)
@@ -64,6 +78,12 @@ class Block(nn.Module):
         added = self.mlp(read, hooks.mlp, **context)
         added = self._scaled(_normed(self.ln_mlp_out, added, torso.ln_mlp_out, **context))
         return torso.post_mlp(x + torso.delta_mlp(added, **context), **context)
+
+    def needs_all_columns(self, hooks: TransformerHooks) -> bool:
+        """Whether something is hooked here that would see fewer columns if only some were computed."""
+        return any(
+            site.path not in _SEES_ALL_COLUMNS and site.acts_at(self.layer) for site in hooks.hooked_sites()
+        )
 
     def _scaled(self, added: Tensor) -> Tensor:
         return added if self.config.residual_scale == 1.0 else added * self.config.residual_scale

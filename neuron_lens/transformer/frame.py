@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class Frame:
         positions: absolute position of each column, 0 where padding [batch or 1, pos].
         masks: attention masks by window.
         cache: keys and values of earlier passes, or None.
+        read: columns that queries are made of [batch or 1, columns], or None: all. Keys are always those of all columns.
     """
 
     config: TransformerConfig
@@ -33,6 +34,7 @@ class Frame:
     masks: Masks
     cache: KVCache | None
     dtype: torch.dtype
+    read: Tensor | None = None
     _rotary: dict[bool, RotaryTable] = field(default_factory=dict)
 
     @classmethod
@@ -55,6 +57,32 @@ class Frame:
             key = query if cache is None else cache.all_positions(query, run.length)  # type: ignore[assignment]
         masks = Masks(query, key, uniform=uniform)
         return cls(config, run, query.clamp(min=0), masks, cache, dtype)
+
+    def reading(self, columns: Tensor) -> Frame:
+        """The same pass for a block whose output is wanted at some columns only. columns: [batch or 1, columns]"""
+        query, key = self.masks.query_positions, self.masks.key_positions
+        rows = max(query.shape[0], columns.shape[0])
+        there = columns.expand(rows, -1)
+        masks = Masks(
+            query.expand(rows, -1).gather(1, there),
+            key,
+            uniform=False,
+            query_columns=there + (key.shape[1] - query.shape[1]),
+        )
+        return replace(self, masks=masks, read=columns)
+
+    def wanted(self, x: Tensor) -> Tensor:
+        """x [batch or 1, pos, …] at the columns that queries are made of."""
+        if self.read is None:
+            return x
+        rows = max(x.shape[0], self.read.shape[0])
+        index = self.read.view(*self.read.shape, *[1] * (x.dim() - 2))
+        return x.expand(rows, *x.shape[1:]).gather(1, index.expand(rows, -1, *x.shape[2:]))
+
+    def query_rotary(self, local: bool) -> RotaryTable:
+        """The rotary table of the queries: that of the pass, at the columns they are made of."""
+        table = self.rotary(local)
+        return table if self.read is None else RotaryTable(self.wanted(table.cos), self.wanted(table.sin))
 
     def rotary(self, local: bool) -> RotaryTable:
         """The rotary table of this pass; `local` for layers with a window and a base of their own."""

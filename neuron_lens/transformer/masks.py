@@ -15,10 +15,19 @@ class Masks:
         query_positions: absolute positions of this pass's columns [batch or 1, pos]; -1 where padding.
         key_positions: the same for all columns, cached ones first [batch or 1, key_pos].
         uniform: no padding anywhere: all rows alike, positions count up by one.
+        query_columns: column of each query among the keys [batch or 1, pos], when they are not the last ones in order.
     """
 
-    def __init__(self, query_positions: Tensor, key_positions: Tensor, *, uniform: bool) -> None:
+    def __init__(
+        self,
+        query_positions: Tensor,
+        key_positions: Tensor,
+        *,
+        uniform: bool,
+        query_columns: Tensor | None = None,
+    ) -> None:
         self.query_positions, self.key_positions, self.uniform = query_positions, key_positions, uniform
+        self.query_columns = query_columns
         self._made: dict[int | None, Tensor] = {}
 
     def is_plain_causal(self, window: int | None) -> bool:
@@ -43,8 +52,10 @@ class Masks:
                 allowed = allowed & (query - key < window)
             if not self.uniform:
                 columns = torch.arange(key.shape[-1], device=key.device)
-                own = columns[None, :] == columns[key.shape[-1] - query.shape[1] :, None]
-                allowed = allowed | (own & (query < 0))
+                own_column = self.query_columns
+                if own_column is None:
+                    own_column = columns[None, key.shape[-1] - query.shape[1] :]
+                allowed = allowed | ((columns == own_column[:, :, None]) & (query < 0))
             self._made[window] = allowed[:, None]
         return self._made[window]
 

@@ -97,7 +97,8 @@ class Transformer(nn.Module):
             start_at_layer: block to begin with (0 embeds tokens).
             stop_at_layer: return the stream entering this block, without running it (n_layers: leaving the last).
             logits_at: columns to unembed: an index, a slice, or a long tensor [batch] with one column for each row;
-                None for all. Saves the largest product when only some logits are read.
+                None for all. Saves the largest product when only some logits are read, and most of the last block:
+                unless something is hooked there behind its keys and values, it runs for those columns only.
             run: what hooks are told of this pass; made here unless a generation loop has more to tell.
 
         Returns:
@@ -114,11 +115,28 @@ class Transformer(nn.Module):
         weight = self.embed.weight
         frame = Frame.make(self.config, run, kv_cache, tokens.device, weight.dtype)
         x = self._embedded(tokens, frame, hooks, run) if tokens.dim() == 2 else tokens
-        for layer in range(start_at_layer, stop):
+        columns = None
+        if logits_at is not None and stop_at_layer is None:
+            columns = _columns_named(logits_at, run, tokens.device)
+        narrows = columns is not None and start_at_layer < stop and self._narrows(columns, run, hooks)
+        for layer in range(start_at_layer, stop - narrows):
             x = self.blocks[layer](x, hooks, frame, layer=layer, run=run)
+        if columns is not None:
+            reading = frame.reading(columns)
+            x = self.blocks[-1](x, hooks, reading, layer=stop - 1, run=run) if narrows else reading.wanted(x)
         if kv_cache is not None:
             kv_cache.advance(None if run.uniform else run.positions(tokens.device), run.length)
-        return x if stop_at_layer is not None else self._unembedded(x, hooks, run, logits_at)
+        if stop_at_layer is not None:
+            return x
+        if columns is not None:
+            run = run.select_columns(columns.expand(run.batch, -1))
+        return self._unembedded(x, hooks, run)
+
+    def _narrows(self, columns: Tensor, run: Run, hooks: TransformerHooks) -> bool:
+        """Whether the last block may run for these columns only."""
+        last = self.blocks[-1]
+        assert isinstance(last, Block), "blocks are Blocks"
+        return columns.shape[1] < run.length and not last.needs_all_columns(hooks)
 
     def _embedded(self, tokens: Tensor, frame: Frame, hooks: TransformerHooks, run: Run) -> Tensor:
         """The stream entering block 0."""
@@ -132,12 +150,8 @@ class Transformer(nn.Module):
             x = self.embed_norm(x)
         return hooks.resid.post_emb(x, run=run)
 
-    def _unembedded(
-        self, x: Tensor, hooks: TransformerHooks, run: Run, logits_at: int | Tensor | slice | None
-    ) -> Tensor:
-        """The stream leaving the last block -> logits, at some columns."""
-        if logits_at is not None:
-            x, run = _at_columns(x, run, logits_at)
+    def _unembedded(self, x: Tensor, hooks: TransformerHooks, run: Run) -> Tensor:
+        """The stream leaving the last block -> logits."""
         if self.ln_f is not None:
             x = self.ln_f(x, hooks.resid.ln_f, run=run)
         x = hooks.resid.post_ln_f(x, run=run)
@@ -224,14 +238,19 @@ class Transformer(nn.Module):
         return clone.train(self.training)
 
 
-def _at_columns(x: Tensor, run: Run, logits_at: int | Tensor | slice) -> tuple[Tensor, Run]:
-    """The stream and the run at the columns whose logits are wanted."""
+def _columns_named(logits_at: int | Tensor | slice, run: Run, device: torch.device) -> Tensor:
+    """The columns whose logits are wanted, [batch or 1, columns]. Raises RequestError when the pass has no such column."""
+    length = run.length
     if isinstance(logits_at, Tensor):
-        columns = logits_at.to(x.device).reshape(run.batch, -1)
+        columns = logits_at.to(device).reshape(run.batch, -1)
     else:
-        chosen = [logits_at] if isinstance(logits_at, int) else list(range(run.length)[logits_at])
-        columns = torch.tensor([c % run.length for c in chosen], device=x.device).expand(run.batch, -1)
-    return x.gather(1, columns[:, :, None].expand(-1, -1, x.shape[-1])), run.select_columns(columns)
+        chosen = [logits_at] if isinstance(logits_at, int) else list(range(length)[logits_at])
+        columns = torch.tensor([[c + length if c < 0 else c for c in chosen]], device=device)
+    if not torch.compiler.is_compiling() and columns.numel():
+        low, high = torch.aminmax(columns)
+        if int(low) < 0 or int(high) >= length:
+            raise RequestError(f"logits_at {logits_at!r} names columns that a pass of {length} does not have")
+    return columns.long()
 
 
 def _check_values(

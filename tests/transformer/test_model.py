@@ -127,11 +127,77 @@ def test_stopping_and_starting_again_equals_one_pass(choice: Transformer, tokens
     assert torch.equal(choice(tokens, stop_at_layer=-1), choice(tokens, stop_at_layer=2))
 
 
-def test_logits_at_some_columns_are_those_columns(choice: Transformer, tokens: torch.Tensor) -> None:
+READ = {
+    "last": -1,
+    "slice": slice(2, 5),
+    "one a row": torch.tensor([3, 8]),
+    "several a row": torch.tensor([[9, 0], [4, 4]]),
+    "all but one": slice(1, None),
+}
+
+
+def read_from(logits: torch.Tensor, at: object) -> torch.Tensor:
+    """Logits of all columns at those of one entry of READ."""
+    columns = at if isinstance(at, torch.Tensor) else torch.arange(10)[at].reshape(1, -1).expand(2, -1)
+    return logits.gather(1, columns.reshape(2, -1, 1).expand(-1, -1, logits.shape[-1]))
+
+
+@pytest.mark.parametrize("at", READ.values(), ids=READ)
+def test_logits_at_some_columns_are_those_columns(
+    choice: Transformer, tokens: torch.Tensor, at: object
+) -> None:
+    assert choice(tokens, logits_at=at).shape[1] < 10  # type: ignore[arg-type]
+    close(choice(tokens, logits_at=at), read_from(choice(tokens), at))
+    # hooks behind the keys of the last block see every column; hooks before them do, too, and the rest is left out
+    for path in ("attn.v_out", "resid.torso.post_mlp", "attn.k", "resid.torso.pre_attn"):
+        seen: list[int] = []
+        hooks = TransformerHooks().append_to_path(f"{path}.fwd", lambda x, seen=seen: seen.append(x.shape[1]))
+        close(choice(tokens, hooks=hooks, logits_at=at), read_from(choice(tokens), at))
+        assert seen == [10, 10, 10]
+
+
+def test_logits_at_some_columns_leave_a_whole_cache(choice: Transformer, tokens: torch.Tensor) -> None:
+    cache = KVCache(choice.config, 2, capacity=12)
     whole = choice(tokens)
-    close(choice(tokens, logits_at=-1), whole[:, -1:])
-    close(choice(tokens, logits_at=slice(2, 5)), whole[:, 2:5])
-    close(choice(tokens, logits_at=torch.tensor([3, 8])), whole[[0, 1], [3, 8]][:, None])
+    close(choice(tokens[:, :6], kv_cache=cache, logits_at=2), whole[:, 2:3])
+    close(
+        choice(tokens[:, 6:], kv_cache=cache, logits_at=torch.tensor([3, 0])), whole[[0, 1], [9, 6]][:, None]
+    )
+    assert cache.length == 10
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits_at_some_columns_of_padded_rows(choice: Transformer, tokens: torch.Tensor, side: str) -> None:
+    pad = torch.zeros(2, 10, dtype=torch.bool)
+    pad[0, slice(0, 3) if side == "left" else slice(7, 10)] = True
+    whole = choice(tokens, pad=pad)
+    cache = KVCache(choice.config, 2, capacity=12)
+    for at in (torch.tensor([6, 2]), torch.tensor([[3, 6, 9], [0, 1, 9]]), -1):
+        found, expected = choice(tokens, pad=pad, logits_at=at), read_from(whole, at)
+        assert not found.isnan().any()
+        real = ~read_from(pad[:, :, None], at)[..., 0]
+        close(found[real], expected[real])
+    choice(tokens, pad=pad, kv_cache=cache, logits_at=-1)
+    following, other = choice(tokens[:, :2], kv_cache=cache), KVCache(choice.config, 2, capacity=12)
+    choice(tokens, pad=pad, kv_cache=other)
+    close(following, choice(tokens[:, :2], kv_cache=other))
+
+
+def test_gradients_through_logits_at_some_columns(choice: Transformer, tokens: torch.Tensor) -> None:
+    weights = list(choice.parameters())
+    with torch.enable_grad():
+        some = choice(tokens, logits_at=torch.tensor([3, 8])).square().mean()
+        alone = choice(tokens)[[0, 1], [3, 8]][:, None].square().mean()
+        for a, b in zip(*(torch.autograd.grad(loss, weights) for loss in (some, alone)), strict=True):
+            assert float((a - b).abs().max()) <= 1e-4 * max(1.0, float(b.abs().max()))
+
+
+@pytest.mark.parametrize("at", [10, -11, torch.tensor([1, 10]), torch.tensor([-1, 2])])
+def test_logits_of_columns_that_are_not_there_are_refused(
+    model: Transformer, tokens: torch.Tensor, at: object
+) -> None:
+    with pytest.raises(RequestError, match="does not have"):
+        model(tokens, logits_at=at)  # type: ignore[arg-type]
 
 
 def test_bfloat16_stays_near_float32(choice: Transformer, tokens: torch.Tensor) -> None:
