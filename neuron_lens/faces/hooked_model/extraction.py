@@ -100,7 +100,7 @@ class Extraction:
         self.live.clear()
 
     def values(self) -> dict[str, Any]:
-        """What was kept, by key."""
+        """What was kept, by key. It is handed over, and no longer held here."""
         named = dict(self._named(self.kept))
         if self.config.keep_gradient:
             derivatives = dict(self._named(self.gradients))
@@ -113,6 +113,9 @@ class Extraction:
             named["last_layernorm"] = {
                 name: self.shaped(value) for name, value in stream_moments(stream).items()
             }
+        # hooks may live until the next collection of reference cycles; what they kept must not
+        self.kept.clear()
+        self.gradients.clear()
         return named
 
     def shaped(self, value: Tensor) -> Any:

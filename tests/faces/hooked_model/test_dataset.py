@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import gc
 import json
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from neuron_lens.faces.hooked_model import (
     ActivationLoader,
     ActivationSaver,
     ExtractionConfig,
+    HookedModel,
     Intervention,
     StoredCache,
 )
@@ -97,25 +98,45 @@ def test_ragged_rows_are_lists_and_means_over_examples_are_weighted() -> None:
         model.extract_cache([torch.ones(2, 4).long(), torch.ones(2, 5).long()], ["all"], STREAM)
 
 
+def live_bytes(shown: set[int]) -> int:
+    """Bytes of all tensors that python knows of, without those shown."""
+    storages = [
+        one.untyped_storage()
+        for one in gc.get_objects()
+        if type(one) is torch.Tensor and id(one) not in shown
+    ]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def most_alive(model: HookedModel, folder: Path, count: int) -> tuple[int, int]:
+    """The most bytes alive before every fourth of `count` batches that are streamed, and the bytes of one batch."""
+    shown = {id(one) for one in gc.get_objects() if type(one) is torch.Tensor}
+    alive: list[int] = []
+
+    def loader() -> Iterator[dict[str, Any]]:
+        for number in range(count):
+            if number % 4 == 3:
+                alive.append(live_bytes(shown))
+            yield {"input_ids": torch.full((8, 10), number % 23), "label": torch.zeros(8, 1000)}
+
+    stored = model.extract_cache(
+        loader(), ["all"], STREAM, batch_saver=lambda own: {"label": own["label"]}, stream_to=folder
+    )
+    assert isinstance(stored, StoredCache)
+    sizes = [batch.memory_size() for batch in stored.iter_batches()]
+    assert len(sizes) == count
+    return max(alive), sizes[0]
+
+
 def test_memory_does_not_grow_with_the_number_of_batches(tmp_path: Path) -> None:
     model = face()
-    alive: list[weakref.ref[Any]] = []
-    most = 0
-
-    def loader(count: int) -> Iterator[torch.Tensor]:
-        nonlocal most
-        for number in range(count):
-            most = max(most, sum(one() is not None for one in alive))
-            yield torch.full((2, 5), number % 23)
-
-    def noted(own: dict[str, Any]) -> dict[str, Any]:
-        tensor = torch.zeros(2)
-        alive.append(weakref.ref(tensor))
-        return {"mine": tensor}
-
-    stored = model.extract_cache(loader(12), ["last"], STREAM, batch_saver=noted, stream_to=tmp_path / "flat")
-    assert most <= 2
-    assert sum(1 for _ in stored.iter_batches()) == 12  # type: ignore[union-attr]
+    gc.collect()
+    gc.disable()  # what is not needed goes at once, not when python happens to look for cycles
+    try:
+        (few, one), (many, _) = (most_alive(model, tmp_path / str(count), count) for count in (4, 40))
+    finally:
+        gc.enable()
+    assert many < few + one
 
 
 @pytest.mark.parametrize(
