@@ -32,6 +32,8 @@ class Run:
         config: the model's configuration.
         columns: absolute position of each column when a combinator has selected some, [batch, pos];
             None when the columns are those of the pass.
+        keys: absolute position of each key that attention looks at, [batch, key_pos], -1 where padding; None when
+            it follows from the rest: the keys are the columns of the pass behind those of a cache of whole rows.
         carried: what hooks of this pass leave for later hooks of the same pass; narrowed runs share it.
     """
 
@@ -44,6 +46,7 @@ class Run:
     step: int | None = None
     config: Any = None
     columns: Tensor | None = None
+    keys: Tensor | None = None
     carried: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -62,6 +65,15 @@ class Run:
             return (starts + torch.arange(self.length, device=device)).expand(self.batch, self.length)
         real = ~self.pad.to(device)
         return torch.where(real, starts + real.cumsum(-1) - 1, -1)
+
+    def key_positions(self, device: torch.device | str | None = None) -> Tensor:
+        """Absolute position of each key, those of a key-value cache first, -1 where it is padding. [batch, key_pos]"""
+        if self.keys is not None:
+            return self.keys.to(device) if device is not None else self.keys
+        if self.uniform:
+            assert isinstance(self.starts, int), "uniform runs start at one position"
+            return torch.arange(self.starts + self.length, device=device).expand(self.batch, -1)
+        return self.positions(device)
 
     def ends(self, device: torch.device | str | None = None) -> int | Tensor:
         """Real tokens of each row's prompt, from which negative positions count: one int, or [batch]."""
@@ -89,6 +101,7 @@ class Run:
             starts=pick(self.starts),
             prompt_lengths=pick(self.prompt_lengths),
             columns=pick(self.columns),
+            keys=pick(self.keys),
         )
 
     def select_columns(self, columns: Tensor) -> Run:
@@ -101,4 +114,5 @@ class Run:
             pad=None if self.pad is None else self.pad.gather(1, columns.to(self.pad.device)),
             prompt_lengths=self.ends(columns.device),
             columns=positions.gather(1, columns),
+            keys=self.key_positions(columns.device),
         )

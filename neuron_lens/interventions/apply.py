@@ -18,7 +18,7 @@ from neuron_lens.interventions.declared import (
     site_named,
 )
 from neuron_lens.interventions.kinds import Patch
-from neuron_lens.interventions.places import At, located, position_mask
+from neuron_lens.interventions.places import At, keys_meant, located, position_mask
 from neuron_lens.interventions.tensors import Activations
 
 if TYPE_CHECKING:
@@ -97,32 +97,38 @@ class Edit:
         return self.intervention.label()
 
     def __call__(self, x: Tensor, run: Run, layer: int | None = None) -> Tensor:
-        at = self._at(run, layer, x)
         mask = part_mask(self.intervention, self.site, run, x)
+        if self._has_no_alignment(run) and mask is not None and not bool(mask.any()):
+            return x  # nothing of this generation step is meant, so there is nothing to align
+        at = self._at(run, layer, x, mask)
         changed = self.intervention.changed(x, at)
         if mask is None:
             return changed.expand_as(x).to(x.dtype).clone()
         return torch.where(mask, changed, x)
 
-    def _at(self, run: Run, layer: int | None, x: Tensor) -> At:
-        ends = run.ends()
-        uniform = run.uniform
-        if (
-            isinstance(self.intervention, Sourced)
-            and not uniform
-            and not (isinstance(run.starts, int) and run.starts == 0)
-        ):
+    def _at(self, run: Run, layer: int | None, x: Tensor, meant: Tensor | None) -> At:
+        if self._has_no_alignment(run):
             raise RequestError(
-                f"{self.name}: a patch cannot be aligned with padded rows behind a key-value cache"
+                f"{self.name}: a recorded run cannot be aligned with what padded rows read behind a key-value cache; "
+                f"name positions of the prompt, or generate row by row"
             )
+        uniform = run.uniform
         return At(
             self.site,
             layer,
             start=run.starts if uniform and isinstance(run.starts, int) else 0,
-            ends=ends if isinstance(ends, int) else None,
+            ends=run.ends(x.device),
             positions=None if uniform else run.positions(x.device),
+            keys=None if uniform else run.key_positions(x.device),
+            meant=meant,
             autoencoders=self.autoencoders,
         )
+
+    def _has_no_alignment(self, run: Run) -> bool:
+        """Whether columns of a source cannot be found for those of this pass: its rows began at different positions."""
+        if not isinstance(self.intervention, Sourced) or run.uniform:
+            return False
+        return not (isinstance(run.starts, int) and run.starts == 0)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Edit) and (self.intervention, self.site) == (other.intervention, other.site)
@@ -168,15 +174,20 @@ def part_mask(intervention: Intervention, site: Site, run: Run, x: Tensor) -> Te
 
 
 def _key_mask(intervention: Intervention, run: Run, x: Tensor) -> Tensor:
-    """Which keys of a pattern [batch, head, pos, key_pos] are meant; broadcasts to it."""
-    ends = run.ends()
-    if not isinstance(ends, int) or not run.uniform:
-        raise RequestError(f"{intervention.label()}: keys need rows of equal length, without padding")
+    """Which keys of a pattern [batch, head, pos, key_pos] are meant; broadcasts to it.
+
+    Raises RequestError outside generation when no row that is meant has one of the keys.
+    """
     assert intervention.keys is not None, "asked only when keys are named"
-    wanted = torch.tensor([k + ends if k < 0 else k for k in intervention.keys], device=x.device)
-    if bool(((wanted < 0) | (wanted >= x.shape[-1])).any()):
-        raise RequestError(f"{intervention.label()}: there are only {x.shape[-1]} keys, counted from 0")
-    return torch.isin(torch.arange(x.shape[-1], device=x.device), wanted)
+    chosen = keys_meant(intervention.keys, run.key_positions(x.device), run.ends(x.device))
+    rows = slice(None) if intervention.rows is None else list(intervention.rows)
+    missing = ~chosen[rows].any(-1).any(0)  # [keys named]
+    if run.step is None and bool(missing.any()):
+        key = intervention.keys[int(missing.nonzero()[0])]
+        raise RequestError(
+            f"{intervention.label()}: no row has key {key}: there are only {x.shape[-1]} keys, counted from 0"
+        )
+    return chosen.any(1)[:, None, None, :]
 
 
 def _chosen(indices: tuple[int, ...], size: int, device: torch.device, what: str) -> Tensor:

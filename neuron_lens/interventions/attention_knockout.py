@@ -68,7 +68,7 @@ class AttentionKnockout(Intervention):
             logits = x.masked_fill(cut, -torch.inf)
             # a query with nothing left would give NaN: the first position always loses all when key 0 is cut
             emptied = logits.isneginf().all(-1, keepdim=True) & ~x.isneginf().all(-1, keepdim=True)
-            if bool((emptied & self._meant(x, at)).any()):
+            if bool((emptied if at.meant is None else emptied & at.meant).any()):
                 raise RequestError(
                     f"{self.label()}: a query is left with nothing to look at, and a softmax cannot give that; use "
                     f"when='after', renormalise=False, keep_self=True, or leave out the first queries"
@@ -87,42 +87,32 @@ class AttentionKnockout(Intervention):
         if self.cells is not None:
             cut = torch.zeros((), dtype=torch.bool, device=x.device)
             for q, k in self.cells:
-                cut = cut | ((query == self._absolute(q, at)) & (key == self._absolute(k, at)))
+                cut = cut | ((query == _absolute(q, at)) & (key == _absolute(k, at)))
         elif self.keys is not None:
-            wanted = torch.tensor([self._absolute(k, at) for k in self.keys], device=x.device)
-            cut = torch.isin(key, wanted)
+            cut = torch.zeros((), dtype=torch.bool, device=x.device)
+            for k in self.keys:
+                cut = cut | (key == _absolute(k, at))
         else:
             cut = torch.ones((), dtype=torch.bool, device=x.device)
         return cut & (query != key) if self.keep_self else cut
 
     def _positions(self, x: Tensor, at: At) -> tuple[Tensor, Tensor]:
-        """Absolute positions of queries [.., pos, 1] and keys [.., 1, key_pos]."""
+        """Absolute positions of queries [.., pos, 1] and keys [.., 1, key_pos]; different negatives where padding."""
         if at.positions is not None:
-            if (
-                at.positions.shape[1] != x.shape[-1]
-            ):  # keys of earlier passes: which columns were padding is not told
-                raise RequestError(
-                    f"{self.label()}: with prompts of unequal length, knock-outs do not work behind a key-value cache yet; "
-                    f"generate with use_kv_cache=False, or row by row"
-                )
-            return at.positions[:, None, :, None], at.positions[:, None, None, :]
+            assert at.keys is not None, "padded rows come with the positions of their keys"
+            # -1 would be named by a negative key of a row too short for it; padding looks at itself alone
+            query = torch.where(at.positions < 0, _PADDING, at.positions)
+            return query[:, None, :, None], torch.where(at.keys < 0, _PADDING, at.keys)[:, None, None, :]
         query = torch.arange(at.start, at.start + x.shape[-2], device=x.device)[:, None]
         return query, torch.arange(x.shape[-1], device=x.device)[None, :]
 
-    def _meant(self, x: Tensor, at: At) -> Tensor:
-        """Queries that are meant, [.., pos, 1]: only for those is an emptied softmax an error."""
-        query, _ = self._positions(x, at)
-        if self.cells is not None:
-            named = [self._absolute(q, at) for q, _ in self.cells]
-        elif isinstance(self.positions, tuple):
-            named = [self._absolute(p, at) for p in self.positions]
-        else:
-            return query >= 0
-        return torch.isin(query, torch.tensor(named, device=x.device))
 
-    def _absolute(self, position: int, at: At) -> int:
-        if position >= 0:
-            return position
-        if at.ends is None:
-            raise RequestError(f"{self.label()}: negative keys need rows of equal length")
-        return position + at.ends
+_PADDING = -(2**31)  # no position that anybody can name
+
+
+def _absolute(position: int, at: At) -> int | Tensor:
+    """A position counted from 0: one int, or for each row one, shaped to compare with [batch, 1, pos, key_pos]."""
+    if position >= 0:
+        return position
+    assert at.ends is not None, "every pass knows where its prompts end"
+    return position + (at.ends[:, None, None, None] if isinstance(at.ends, Tensor) else at.ends)

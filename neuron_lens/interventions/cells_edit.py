@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from neuron_lens.hooks import Run, Site
 from neuron_lens.interventions.declared import HEAD_AXES, site_named
-from neuron_lens.interventions.places import At
+from neuron_lens.interventions.places import At, keys_meant
 from neuron_lens.interventions.sweep_plan import Part
 
 __all__ = ["CellsEdit", "PromptFrame"]
@@ -26,12 +26,21 @@ class PromptFrame:
     pad: Tensor | None
     autoencoders: Mapping[str, Any] | None
 
-    def at(self, site: Site, layer: int | None, first: int, device: torch.device) -> At:
-        """What an edit is told of a pass over the columns from `first` on."""
-        alike = self.pad is None
-        positions = None if alike else Run(self.rows, self.length, pad=self.pad).positions(device)
-        ends = self.length if alike else None
-        return At(site, layer, start=first, ends=ends, positions=positions, autoencoders=self.autoencoders)
+    def at(self, site: Site, layer: int | None, first: int, columns: int, device: torch.device) -> At:
+        """What an edit is told of a pass over some columns from `first` on."""
+        if self.pad is None:
+            return At(site, layer, start=first, ends=self.length, autoencoders=self.autoencoders)
+        whole = Run(self.rows, self.length, pad=self.pad)
+        at = whole.positions(device)
+        return At(
+            site,
+            layer,
+            start=first,
+            ends=whole.ends(device),
+            positions=at[:, first : first + columns],
+            keys=at[:, : first + columns],
+            autoencoders=self.autoencoders,
+        )
 
 
 class CellsEdit:
@@ -49,10 +58,12 @@ class CellsEdit:
         blocks: Tensor = x.unflatten(0, (self.cells, self.rows))
         chosen = torch.tensor([cell for cell, _ in self.parts], device=x.device)
         part = blocks[chosen]
-        at = self.frame.at(self.site, layer, self.first, x.device)
-        changed = self.parts[0][1].intervention.changed(part, at)
+        columns = x.shape[self.site.dim("pos")]
+        mask = self._mask(part)
+        at = self.frame.at(self.site, layer, self.first, columns, x.device)
+        changed = self.parts[0][1].intervention.changed(part, replace(at, meant=mask))
         out: Tensor = blocks.clone()
-        out[chosen] = torch.where(self._mask(part), changed, part).to(x.dtype)
+        out[chosen] = torch.where(mask, changed, part).to(x.dtype)
         together: Tensor = out.flatten(0, 1)
         return together
 
@@ -72,9 +83,10 @@ class CellsEdit:
             if axis == "key_pos":
                 field = "keys"
             given = [getattr(part.intervention, field) for _, part in self.parts] if field else []
-            if field == "keys" and not self.parts[0][1].intervention.selects_keys():
-                continue
-            if any(indices is not None for indices in given):
+            if field == "keys":
+                if self.parts[0][1].intervention.selects_keys():
+                    masks[dim] = self._keys_mask(x.shape[dim], shape, x.device)
+            elif any(indices is not None for indices in given):
                 masks[dim] = self._axis_mask(given, size, dim, shape, x.device)
         combined = masks.pop(pos)
         for mask in masks.values():
@@ -105,6 +117,15 @@ class CellsEdit:
         shape[0], shape[1], shape[pos] = len(self.parts), self.rows, columns
         return mask.view(shape)
 
+    def _keys_mask(self, keys: int, shape: list[int], device: torch.device) -> Tensor:
+        """Keys meant in each cell and row; keys behind the columns of a narrow pass are masked anyway."""
+        at = Run(self.rows, self.frame.length, pad=self.frame.pad).key_positions(device)[:, :keys]
+        ends = Run(self.rows, self.frame.length, pad=self.frame.pad).ends(device)
+        mask = [keys_meant(part.intervention.keys or (), at, ends).any(1) for _, part in self.parts]
+        whole = list(shape)
+        whole[0], whole[1], whole[-1] = len(self.parts), self.rows, keys
+        return torch.stack(mask).view(whole)
+
     def _axis_mask(
         self, given: list[tuple[int, ...] | None], size: int, dim: int, shape: list[int], device: torch.device
     ) -> Tensor:
@@ -113,9 +134,7 @@ class CellsEdit:
             if indices is None:
                 mask[index] = True
                 continue
-            absolute = [i + self.frame.length if i < 0 else i for i in indices]
-            # keys behind the columns of a narrow pass are masked anyway
-            mask[index, [i for i in absolute if i < size]] = True
+            mask[index, list(indices)] = True
         whole = list(shape)
         whole[0], whole[dim] = len(given), size
         return mask.view(whole)

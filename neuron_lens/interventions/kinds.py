@@ -234,8 +234,8 @@ class Patch(Sourced):
         shape[dim] = len(inside)
         return x.index_copy(dim, index, taken.expand(shape))
 
-    def _column(self, position: int, end: int | None, start: int, size: int) -> int:
-        if end is None:
+    def _column(self, position: int, end: int | Tensor | None, start: int, size: int) -> int:
+        if not isinstance(end, int):
             raise RequestError(
                 f"{self.label()}: source_positions need rows of equal length; use PerRow patches of recorded runs"
             )

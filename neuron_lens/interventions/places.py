@@ -20,7 +20,17 @@ from neuron_lens.shapes import Axis
 if TYPE_CHECKING:
     from neuron_lens.tokenizers import Tokenizer
 
-__all__ = ["At", "Frozen", "PerRow", "Positions", "Span", "TokenText", "located", "position_mask"]
+__all__ = [
+    "At",
+    "Frozen",
+    "PerRow",
+    "Positions",
+    "Span",
+    "TokenText",
+    "keys_meant",
+    "located",
+    "position_mask",
+]
 
 
 class Frozen(BaseModel):
@@ -169,6 +179,20 @@ def _for_tree(positions: Positions, run: Run) -> Any:
     return list(positions) if not isinstance(positions, TokenText) else None
 
 
+def keys_meant(named: tuple[int, ...], at: Tensor, ends: int | Tensor) -> Tensor:
+    """Where each named key stands, [batch, keys named, key_pos] bool.
+
+    at: absolute position of each key [batch, key_pos], -1 where padding. ends: what negative names count from, one int
+    or [batch].
+    """
+    keys = torch.tensor(named, device=at.device).expand(at.shape[0], -1)
+    if not isinstance(ends, Tensor):
+        ends = torch.full((at.shape[0],), ends, device=at.device)
+    absolute = torch.where(keys < 0, keys + ends[:, None], keys)
+    # a name before the first token meets no key; -1, which marks padding, must not either
+    return (at[:, None, :] == absolute[:, :, None]) & (at >= 0)[:, None, :]
+
+
 @dataclass(frozen=True)
 class At:
     """What an edit is told of the tensor it changes.
@@ -177,16 +201,20 @@ class At:
         site: path and axes of the site. Dimensions are counted from the end: more may stand before them.
         layer: layer, or None outside the blocks.
         start: column of the source run that the tensor's first column aligns with.
-        ends: real tokens of the prompt, for negative positions (None when rows differ).
+        ends: real tokens of the prompt, from which negative positions count: one int, or [batch] when rows differ.
         positions: absolute position of each column [batch, pos], -1 where padding; None without padding.
+        keys: absolute position of each key [batch, key_pos], -1 where padding; None when they are 0, 1, 2, …
+        meant: which part of the tensor the edit is for, bool, broadcasts to it; None for all of it.
         autoencoders: by name, for edits of latents.
     """
 
     site: Site
     layer: int | None
     start: int = 0
-    ends: int | None = None
+    ends: int | Tensor | None = None
     positions: Tensor | None = None
+    keys: Tensor | None = None
+    meant: Tensor | None = None
     autoencoders: Any = None
 
     def dim(self, axis: Axis) -> int:

@@ -53,8 +53,12 @@ class Frame:
             query = torch.arange(run.starts, run.starts + run.length, device=device)[None]
             key = torch.arange(run.starts + run.length, device=device)[None]
         else:
-            query = run.positions(device)
-            key = query if cache is None else cache.all_positions(query, run.length)  # type: ignore[assignment]
+            query = key = run.positions(device)
+            if cache is not None:
+                key = cache.all_positions(query, run.length)  # type: ignore[assignment]
+                run = replace(
+                    run, keys=key
+                )  # hooks of attention patterns cannot know what stands in the cache
         masks = Masks(query, key, uniform=uniform)
         return cls(config, run, query.clamp(min=0), masks, cache, dtype)
 

@@ -114,6 +114,7 @@ class Transformer(nn.Module):
         run = run or self._describe(tokens, pad, kv_cache)
         weight = self.embed.weight
         frame = Frame.make(self.config, run, kv_cache, tokens.device, weight.dtype)
+        run = frame.run
         x = self._embedded(tokens, frame, hooks, run) if tokens.dim() == 2 else tokens
         columns = None
         if logits_at is not None and stop_at_layer is None:

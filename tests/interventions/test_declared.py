@@ -355,13 +355,3 @@ def test_damaged_files_are_refused(tmp_path) -> None:
     path.write_text("{")
     with pytest.raises(RequestError, match="cannot be read as JSON"):
         load_interventions(path)
-
-
-def test_a_knockout_behind_a_cache_of_padded_rows_is_refused_not_wrong(model: Transformer) -> None:
-    hooks = to_hooks(AttentionKnockout(keys=(1,), keep_self=True, when="after"), model)
-    prompts = [[1, 2, 3, 4, 5], [6, 7, 8]]
-    with pytest.raises(RequestError, match="unequal length"):
-        model.sample(prompts, max_new_tokens=3, temperature=0, hooks=hooks)
-    together = model.sample(prompts, max_new_tokens=3, temperature=0, hooks=hooks, use_kv_cache=False)
-    alone = [model.sample(prompt, max_new_tokens=3, temperature=0, hooks=hooks) for prompt in prompts]
-    assert [one.ids for one in together] == [one.ids for one in alone]
