@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,18 @@ from neuron_lens.errors import RequestError
 from neuron_lens.faces.hooked_transformer.config import HookedTransformerConfig
 from neuron_lens.faces.hooked_transformer.hook_point import HookPoint
 from neuron_lens.faces.hooked_transformer.names import PointPlace, absent_names, block_places, end_places
+from neuron_lens.faces.hooked_transformer.parts import running_engine
 from neuron_lens.faces.hooked_transformer.root_module import HookedRootModule
 from neuron_lens.faces.hooked_transformer.state_names import ENGINE, to_classic_state, to_engine_state
-from neuron_lens.faces.hooked_transformer.weight_views import Embed, Norm, PosEmbed, TransformerBlock, Unembed
+from neuron_lens.faces.hooked_transformer.translate import Slot
+from neuron_lens.faces.hooked_transformer.weight_views import (
+    Embed,
+    Norm,
+    PosEmbed,
+    TransformerBlock,
+    Unembed,
+    View,
+)
 from neuron_lens.transformer import Transformer
 
 __all__ = ["EngineModule"]
@@ -32,7 +41,6 @@ class EngineModule(HookedRootModule):
 
     def _build(self, engine: Transformer, cfg: HookedTransformerConfig) -> None:
         self.engine, self.cfg = engine, cfg
-        self._places: dict[str, PointPlace] = {}
         if cfg.use_hook_tokens:
             self.hook_tokens = HookPoint()
         config = engine.config
@@ -42,24 +50,60 @@ class EngineModule(HookedRootModule):
             self.pos_embed = PosEmbed(engine, "")
             self.hook_pos_embed = HookPoint()
         rows = [block_places(config, layer) for layer in range(config.n_layers)]
+        ends: dict[str, dict[str, PointPlace]] = {}
+        for place in end_places(config):
+            owner, _, point = place.name.rpartition(".")
+            ends.setdefault(owner, {})[point] = place
         self.blocks = nn.ModuleList(
-            TransformerBlock(engine, layer, [place.name for place in places])
-            for layer, places in enumerate(rows)
+            TransformerBlock(engine, layer, places) for layer, places in enumerate(rows)
         )
         if engine.ln_f is not None:
-            self.ln_final = Norm(engine, "ln_f", ["hook_scale", "hook_normalized"])
-        self.unembed = Unembed(engine, "", ["hook_in", "hook_out"])
-        for layer, places in enumerate(rows):
-            self._places |= {f"blocks.{layer}.{place.name}": place for place in places}
-        self._places |= {place.name: place for place in end_places(config)}
+            self.ln_final = Norm(engine, "ln_f", ends["ln_final"])
+        self.unembed = Unembed(engine, "", ends["unembed"])
+        self._slots = [Slot(self, name, place) for name, place in ends[""].items()]
+        self._own_ends: dict[str, View] = {
+            name: module for name, module in self.named_children() if isinstance(module, View)
+        }
+        for view in [*self._own_blocks(), *self._own_ends.values()]:
+            self._slots += view.slots()
+        self._places = {slot.place.full_name: slot.place for slot in self._slots}
         self._absent = absent_names(config)
         self.setup()
-        for name, place in self._places.items():
-            self.hook_dict[name].axes = place.axes
         if cfg.use_hook_tokens:
             self.hook_tokens.axes = ("batch", "pos")
         self.register_state_dict_post_hook(to_classic_state)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(to_engine_state)  # type: ignore[no-untyped-call]
+
+    def setup(self) -> None:
+        """Name every hook point, also those of modules that were put in since."""
+        super().setup()
+        for owner, name, place in self._slots:
+            point = owner._modules[name]
+            if isinstance(point, HookPoint):
+                point.axes = place.axes
+
+    def _own_blocks(self) -> list[TransformerBlock]:
+        return cast(list[TransformerBlock], list(self.blocks))
+
+    def _running_engine(self) -> Transformer:
+        """The engine; or a shallow copy of it with the modules that replace some of its parts."""
+        replaced: dict[str, nn.Module] = {}
+        for block in self._own_blocks():
+            replaced |= block.replaced()
+        for name, own in self._own_ends.items():
+            now = self._modules[name]
+            if now is own and "forward" not in own.__dict__:
+                continue
+            if name != "unembed" or now is None:
+                raise RequestError(
+                    f"{name} was replaced by {type(now).__name__}, which is offered for mlp and unembed; hook the "
+                    "points before and behind it instead"
+                )
+            replaced["unembed"] = now
+        cap, config = self.cfg.output_logits_soft_cap, None
+        if (cap if cap > 0 else None) != self.engine.config.logit_softcap:
+            config = self.engine.config.model_copy(update={"logit_softcap": cap if cap > 0 else None})
+        return running_engine(self.engine, replaced, config) if replaced or config else self.engine
 
     def _hookable_modules(self) -> Iterator[tuple[str, nn.Module]]:
         for name, module in super()._hookable_modules():

@@ -75,7 +75,7 @@ class ForwardPass(WeightProperties):
             tokens, given = ids, ids
         else:
             given, pad = self._residual(input, attention_mask)
-        tree = hook_tree(self.hook_dict, self._places)
+        tree = self._hook_tree()
         if return_type is None and stop is None and (tree is None or not _end_is_hooked(tree)):
             stop = self.cfg.n_layers
         out = self._engine_pass(given, tree, pad, past_kv_cache, start, stop)
@@ -91,6 +91,10 @@ class ForwardPass(WeightProperties):
         loss = lm_cross_entropy_loss(out, tokens.to(out.device), mask, loss_per_token)
         return loss if return_type == "loss" else Output(out, loss)
 
+    def _hook_tree(self, *, forward_only: bool = False) -> TransformerHooks | None:
+        """The tree of hooks for one forward; None when there are none."""
+        return hook_tree(self._slots, forward_only=forward_only)
+
     def _engine_pass(
         self,
         given: Tensor,
@@ -100,6 +104,7 @@ class ForwardPass(WeightProperties):
         start: int | None,
         stop: int | None,
     ) -> Tensor:
+        engine = self._running_engine()
         inner: KVCache | None = None
         if cache is not None:
             weight = self.engine.embed.weight
@@ -114,8 +119,8 @@ class ForwardPass(WeightProperties):
             front = TransformerHooks()
             front.resid.post_emb.append_fwd(put_residual)
             given = torch.zeros(residual.shape[:2], dtype=torch.long, device=residual.device)
-            return self.engine(given, hooks=front | tree, pad=pad, kv_cache=inner, stop_at_layer=stop)
-        return self.engine(
+            return engine(given, hooks=front | tree, pad=pad, kv_cache=inner, stop_at_layer=stop)
+        return engine(
             given, hooks=tree, pad=pad, kv_cache=inner, start_at_layer=start or 0, stop_at_layer=stop
         )
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from neuron_lens.errors import RequestError
 from neuron_lens.faces.hooked_transformer.forward import ForwardPass
 from neuron_lens.faces.hooked_transformer.tokenisation import PaddingSide
-from neuron_lens.faces.hooked_transformer.translate import hook_tree
+from neuron_lens.hooks import TransformerHooks
+from neuron_lens.transformer import Transformer
 from neuron_lens.transformer.sampling import Generation, sample, stream
 
 __all__ = ["GenerateOutput", "Generating"]
@@ -87,10 +88,9 @@ class Generating(ForwardPass):
             seed,
         )
         results = sample(
-            self.engine,
+            _StepByStep.of(self),
             prompts,
             max_new_tokens=max_new_tokens,
-            hooks=hook_tree(self.hook_dict, self._places, forward_only=True),
             use_kv_cache=use_past_kv_cache,
             stop_strings=stop_strings,
             return_logits=output_logits,
@@ -151,12 +151,10 @@ class Generating(ForwardPass):
         if as_text and waiting[0] == bos:
             waiting = waiting[1:]
         fresh = 0
-        tree = hook_tree(self.hook_dict, self._places, forward_only=True)
         for token in stream(
-            self.engine,
+            _StepByStep.of(self),
             prompts,
             max_new_tokens=max_new_tokens,
-            hooks=tree,
             use_kv_cache=use_past_kv_cache,
             **options,
         ):
@@ -237,6 +235,25 @@ class Generating(ForwardPass):
             shown = prompt[1:] if prompt[:1] == [tokenizer.bos_id] else prompt
             texts.append(tokenizer.decode(shown + result.ids))
         return texts if len(texts) > 1 or isinstance(input, list) else texts[0]
+
+
+class _StepByStep(Transformer):
+    """The model as the sampling loop calls it: hooks and replaced parts are looked up anew in each pass, so that a hook
+    may add and remove hooks for the next one."""
+
+    _face: tuple[Generating]
+
+    @classmethod
+    def of(cls, face: Generating) -> _StepByStep:
+        """Around a model; it shares everything."""
+        step = object.__new__(cls)
+        step.__dict__.update(face.engine.__dict__, _face=(face,))
+        return step
+
+    def forward(self, tokens: Tensor, *, hooks: TransformerHooks | None = None, **options: Any) -> Tensor:
+        """As the engine's."""
+        face = self._face[0]
+        return face._running_engine()(tokens, hooks=face._hook_tree(forward_only=True), **options)
 
 
 def _by_step(results: list[Generation]) -> tuple[Tensor, ...]:

@@ -13,7 +13,8 @@ from typing import Any, Literal, cast
 from torch import Tensor, nn
 
 from neuron_lens.errors import HookError
-from neuron_lens.hooks import Run, grad_hook_wrapper
+from neuron_lens.hooks import Run, Site, grad_hook_wrapper
+from neuron_lens.hooks.chain import SiteAware
 from neuron_lens.shapes import Axis
 
 __all__ = ["Direction", "HookFunction", "HookPoint", "LensHandle"]
@@ -86,7 +87,7 @@ class HookPoint(nn.Module):
             prepend: run before the hooks already there.
             alias_names: run the hook once under each of these names instead of once.
         """
-        if not callable(hook):
+        if not callable(hook) and not isinstance(hook, SiteAware):
             raise HookError(f"{self._label}: a hook is called as hook(tensor, hook=point); got {hook!r}")
         handles = self._handles(dir)[0]
         removable = _Removable(handles)
@@ -126,10 +127,14 @@ class HookPoint(nn.Module):
 
     def layer(self) -> int:
         """The block this point is in. Raises HookError when its name has no block number."""
+        if self._block is None:
+            raise HookError(f"the hook point {self._label} is in no block: it has no layer")
+        return self._block
+
+    @property
+    def _block(self) -> int | None:
         parts = (self.name or "").split(".")
-        if len(parts) > 1 and parts[1].isdigit():
-            return int(parts[1])
-        raise HookError(f"the hook point {self._label} is in no block: it has no layer")
+        return int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x, as the hooks leave it."""
@@ -155,7 +160,14 @@ class HookPoint(nn.Module):
 
     def call(self, handle: LensHandle, x: Tensor) -> Tensor:
         """The tensor after one hook; once for each alias if it has any."""
-        hook = cast(HookFunction, handle.user_hook)
+        hook: Any = handle.user_hook
+        if isinstance(hook, SiteAware):  # a chain or condition of neuron_lens.hooks, such as AtPositions
+            context: dict[str, Any] = {"hook": self}
+            if self.run is not None:
+                context["run"] = self.run
+            if self._block is not None:
+                context["layer"] = self._block
+            return hook._run(x, context, Site(self._label, self.axes))
         if not handle.alias_names:
             return _replaced(x, hook(x, hook=self))
         own = self.name

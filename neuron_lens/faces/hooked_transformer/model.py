@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from neuron_lens.errors import CheckpointError, ConfigError, RequestError
+from neuron_lens.faces.hooked_transformer.autoencoders import WithAutoencoders
 from neuron_lens.faces.hooked_transformer.config import HookedTransformerConfig, classic_config, engine_config
-from neuron_lens.faces.hooked_transformer.generation import Generating
 from neuron_lens.faces.hooked_transformer.initialise import initialise
 from neuron_lens.transformer import Transformer
 from neuron_lens.weights import Processing, process
@@ -17,7 +17,7 @@ from neuron_lens.weights import Processing, process
 __all__ = ["HookedTransformer"]
 
 
-class HookedTransformer(Generating):
+class HookedTransformer(WithAutoencoders):
     """A language model whose activations have names that hooks can be put on.
 
     Build one from a configuration (random weights), or with `from_pretrained`. The model holds the hooks; each
@@ -39,6 +39,10 @@ class HookedTransformer(Generating):
     ) -> None:
         super().__init__()
         cfg = HookedTransformerConfig.unwrap(cfg)
+        given: Transformer | None = cfg.__dict__.pop("_engine", None)
+        if given is not None:  # from_engine: a subclass's __init__ runs, and the weights are there
+            self._assemble(given, cfg, tokenizer, default_padding_side)
+            return
         vocabulary = getattr(tokenizer, "vocab_size", None)
         if cfg.d_vocab == -1 and vocabulary is not None:
             cfg.d_vocab = cfg.d_vocab_out = int(vocabulary)
@@ -80,13 +84,13 @@ class HookedTransformer(Generating):
             cfg.normalization_type += "Pre"
         if default_prepend_bos is not None:
             cfg.default_prepend_bos = default_prepend_bos
-        model = cls.__new__(cls)
-        torch.nn.Module.__init__(model)
-        model.is_caching, model.context_level = False, 0
-        model._assemble(
-            engine, cfg, engine.tokenizer if tokenizer is None else tokenizer, default_padding_side
+        cfg.__dict__["_engine"] = engine
+        return cls(
+            cfg,
+            engine.tokenizer if tokenizer is None else tokenizer,
+            move_to_device=False,
+            default_padding_side=default_padding_side,
         )
-        return model
 
     @classmethod
     def from_pretrained(
@@ -205,9 +209,10 @@ class HookedTransformer(Generating):
     def _use_engine(self, engine: Transformer, folded: bool) -> None:
         """Take another engine of the same shape, and keep hooks and tokenizer."""
         self.engine = engine
-        for module in self.modules():
-            if hasattr(module, "_held"):
-                module.__dict__["_held"] = (engine,)
+        for owner in (slot.owner for slot in self._slots):
+            owner.__dict__["_held"] = (engine,)
+        for view in self._own_ends.values():
+            view.__dict__["_held"] = (engine,)
         if folded and self.cfg.normalization_type in ("LN", "RMS"):
             self.cfg.normalization_type += "Pre"
 

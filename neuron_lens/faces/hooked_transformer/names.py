@@ -83,6 +83,11 @@ class PointPlace:
     axes: tuple[Axis, ...]
     flag: str | None
 
+    @property
+    def full_name(self) -> str:
+        """From the root."""
+        return self.name if self.layer is None else f"blocks.{self.layer}.{self.name}"
+
 
 def block_places(config: TransformerConfig, layer: int) -> list[PointPlace]:
     """Every hook point of one block."""

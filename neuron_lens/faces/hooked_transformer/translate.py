@@ -5,10 +5,11 @@ Only points with hooks are translated, so a model without any runs as the bare e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, cast
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from neuron_lens.errors import HookError
 from neuron_lens.faces.hooked_transformer.caching_hook import CachingHook
@@ -17,34 +18,65 @@ from neuron_lens.faces.hooked_transformer.names import PointPlace
 from neuron_lens.hooks import Site, TransformerHooks
 from neuron_lens.hooks.chain import SiteAware, describe
 
-__all__ = ["hook_tree"]
+__all__ = ["Slot", "hook_tree"]
 
 
-def hook_tree(
-    points: Mapping[str, HookPoint], places: Mapping[str, PointPlace], *, forward_only: bool = False
-) -> TransformerHooks | None:
+class Slot(NamedTuple):
+    """Where a hook point is held: `owner.name`. People put modules of their own there (an autoencoder, say)."""
+
+    owner: nn.Module
+    name: str
+    place: PointPlace
+
+
+def hook_tree(slots: Iterable[Slot], *, forward_only: bool = False) -> TransformerHooks | None:
     """The tree for one forward; None when no point holds a hook. forward_only: leave out hooks on gradients.
 
-    The hooks are those there are now: a backward pass of this forward runs them even if they are gone by then.
+    The hooks are those there are now: a backward pass of this forward runs them even if they are gone by then. A
+    module in the place of a hook point is called with the tensor, and what it returns goes on.
     """
-    hooked = [(point, places[name]) for name, point in points.items() if name in places and _holds(point)]
+    hooked: list[tuple[nn.Module, PointPlace]] = []
+    for owner, name, place in slots:
+        module = owner._modules[name]
+        if not isinstance(module, HookPoint) or module.fwd_hooks or module.bwd_hooks:
+            hooked.append((cast(nn.Module, module), place))
     if not hooked:
         return None
-    caching = any(_is_caching(handle) for point, _ in hooked for handle in point.fwd_hooks)
+    caching = any(
+        _is_caching(h) for point, _ in hooked if isinstance(point, HookPoint) for h in point.fwd_hooks
+    )
     tree = TransformerHooks()
     chains_at = {site.path: site for site in tree.sites()}
     forward: dict[str, _PointsAtSite] = {}
     backward: dict[str, _PointsAtSite] = {}
-    for point, place in hooked:
-        for chains, handles in ((forward, point.fwd_hooks), (backward, point.bwd_hooks)):
+    for module, place in hooked:
+        if not isinstance(module, HookPoint):
+            here = forward.setdefault(place.site, _PointsAtSite(copy_first=caching))
+            here.points[place.layer] = _module_in_place(module, place)
+            continue
+        for chains, handles in ((forward, module.fwd_hooks), (backward, module.bwd_hooks)):
             if handles and not (forward_only and chains is backward):
                 here = chains.setdefault(place.site, _PointsAtSite(copy_first=caching and chains is forward))
-                here.points[place.layer] = (point, tuple(handles))
+                here.points[place.layer] = (module, tuple(handles))
     for path, here in forward.items():
         chains_at[path].fwd.append(cast(Any, here))
     for path, here in backward.items():
         chains_at[path].bwd.append(cast(Any, here))
     return tree
+
+
+def _module_in_place(module: nn.Module, place: PointPlace) -> tuple[HookPoint, tuple[LensHandle, ...]]:
+    """A point whose one hook calls a module that somebody put in a hook point's place."""
+    point = HookPoint()
+    point.name, point.axes = place.full_name, place.axes
+
+    def call(x: Tensor, hook: HookPoint) -> Tensor:
+        replaced: Tensor = module(x)
+        return replaced
+
+    call.__qualname__ = type(module).__name__
+    point.add_hook(call)
+    return point, tuple(point.fwd_hooks)
 
 
 class _PointsAtSite(SiteAware):
@@ -77,18 +109,16 @@ class _PointsAtSite(SiteAware):
         state["fired"] += 1
         state["run"] = context.get("run")
         shared = self.copy_first
+        run = state["run"]
+        later = run is not None and run.step and (isinstance(run.starts, Tensor) or run.starts > 0)
         try:
             for handle in handles:
                 if _is_caching(handle):
                     shared = self.copy_first
                 elif shared:
                     x, shared = x.clone(), False
-                x = _checked(x, point.call(handle, x), point, handle)
-        except IndexError as error:
-            explained = _position_error(error, point, context, x)
-            if explained is error:
-                raise
-            raise explained from error
+                run_one = _in_later_step if later else _checked_call
+                x = run_one(x, point, handle)
         finally:
             state["run"] = None
         return x
@@ -97,19 +127,34 @@ class _PointsAtSite(SiteAware):
         return ["  " * indent + str(point.name) for point, _ in self.points.values()]
 
 
-def _position_error(error: IndexError, point: HookPoint, context: dict[str, Any], x: Tensor) -> Exception:
-    """What an IndexError of a hook most likely means: a position that this step of a generation does not hold."""
-    run = context.get("run")
-    if run is None or not run.step:
-        return error
-    return HookError(
-        f"{point.name}: {error}. In step {run.step} of a generation with the key-value cache the tensor {list(x.shape)} holds "
-        "only the newest position: compare hook.run.positions() with the position meant, or pass use_past_kv_cache=False"
-    )
+def _checked_call(x: Tensor, point: HookPoint, handle: LensHandle) -> Tensor:
+    return _checked(x, point.call(handle, x), point, handle)
 
 
-def _holds(point: HookPoint) -> bool:
-    return bool(point.fwd_hooks or point.bwd_hooks)
+def _in_later_step(x: Tensor, point: HookPoint, handle: LensHandle) -> Tensor:
+    """One hook in a later step of a generation, where the tensor may hold only the newest position.
+
+    An index to a position that the key-value cache holds leaves this step unchanged: the hook acted there in the
+    pass that read that position, as it would in every pass without the cache.
+    """
+    try:
+        return _checked_call(x.clone(), point, handle)
+    except IndexError as error:
+        run = point.run
+        assert run is not None, "set by the caller"
+        before = run.starts if isinstance(run.starts, int) else int(run.starts.max())
+        found = _OUT_OF_BOUNDS.search(str(error))
+        if found and int(found[2]) == run.length and -before - 1 <= int(found[1]) < before:
+            return x
+        raise HookError(
+            f"{point.name}: {error}. In step {run.step} of a generation with the key-value cache the tensor {list(x.shape)} "
+            f"holds only the newest position: give the hook as AtPositions(…).append(hook) of neuron_lens.hooks, compare "
+            "hook.run.positions() with the position meant, or pass use_past_kv_cache=False"
+        ) from error
+
+
+# How torch reports an index past the end of a dimension.
+_OUT_OF_BOUNDS = re.compile(r"index (-?\d+) is out of bounds for dimension \d+ with size (\d+)")
 
 
 def _is_caching(handle: LensHandle) -> bool:

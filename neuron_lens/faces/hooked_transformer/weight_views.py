@@ -1,19 +1,23 @@
 """The modules below a HookedTransformer: they hold hook points, and show the engine's weights in the classic layout.
 
+Called, a part computes what the engine computes there, with the hooks on its points: see `parts`.
 Every weight is a view of the engine's tensor, [head, d_model, d_head] where the engine has nn.Linear's layout: editing
 one in place edits the model. Biases the model does not have read as zeros, which belong to nobody.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from neuron_lens.errors import RequestError
+from neuron_lens.faces.hooked_transformer import parts
 from neuron_lens.faces.hooked_transformer.hook_point import HookPoint
+from neuron_lens.faces.hooked_transformer.names import PointPlace
+from neuron_lens.faces.hooked_transformer.translate import Slot
 from neuron_lens.transformer import Transformer, TransformerConfig
 
 __all__ = ["MLP", "Attention", "Embed", "Norm", "PosEmbed", "TransformerBlock", "Unembed", "View"]
@@ -22,13 +26,21 @@ __all__ = ["MLP", "Attention", "Embed", "Norm", "PosEmbed", "TransformerBlock", 
 class View(nn.Module):
     """A module with hook points and views of the engine's weights, and no weights of its own."""
 
-    def __init__(self, engine: Transformer, path: str, points: Iterable[str] = ()) -> None:
+    def __init__(
+        self, engine: Transformer, path: str, points: Mapping[str, PointPlace] | None = None
+    ) -> None:
         super().__init__()
         # in a tuple, so that torch does not count the engine's parameters twice
         self._held = (engine,)
         self._path = path
-        for name in points:
+        self._places = dict(points or {})
+        for name in self._places:
             setattr(self, name, HookPoint())
+
+    def slots(self) -> Iterator[Slot]:
+        """Where the hook points of this part are held, and of the parts below that it was made with."""
+        for name, place in self._places.items():
+            yield Slot(self, name, place)
 
     @property
     def _config(self) -> TransformerConfig:
@@ -50,7 +62,11 @@ class View(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # assigning to a view writes into the engine's tensor
-        if isinstance(value, Tensor) and isinstance(getattr(type(self), name, None), property):
+        kind = getattr(type(self), name, None)
+        if isinstance(kind, property) and kind.fset is not None:
+            kind.fset(self, value)
+            return
+        if isinstance(value, Tensor) and isinstance(kind, property):
             view = getattr(self, name)
             if view.shape != value.shape:
                 raise RequestError(
@@ -61,13 +77,6 @@ class View(nn.Module):
             return
         super().__setattr__(name, value)
 
-    def forward(self, *_: Any) -> Tensor:
-        """Not for calling: the engine computes."""
-        raise RequestError(
-            f"{type(self).__name__} shows the weights of a HookedTransformer and does not compute; call the model, with "
-            "start_at_layer and stop_at_layer to run some of its blocks"
-        )
-
 
 class Embed(View):
     """Token embedding."""
@@ -77,6 +86,10 @@ class Embed(View):
         """[d_vocab, d_model]"""
         return self._weight("embed.weight")
 
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Ids [batch, pos] -> [batch, pos, d_model]"""
+        return parts.embedded(self._held[0], tokens)
+
 
 class PosEmbed(View):
     """Learned position embedding."""
@@ -85,6 +98,13 @@ class PosEmbed(View):
     def W_pos(self) -> Tensor:
         """[n_ctx, d_model]"""
         return self._weight("pos_embed.weight")[self._config.position_offset :]
+
+    def forward(self, tokens: Tensor, past_kv_pos_offset: int = 0) -> Tensor:
+        """Ids [batch, pos] -> the embeddings of their positions, [batch, pos, d_model]"""
+        end = past_kv_pos_offset + tokens.shape[-1]
+        if end > self._config.n_ctx:
+            raise RequestError(f"{end} tokens exceed the model's context of {self._config.n_ctx}")
+        return self.W_pos[past_kv_pos_offset:end].expand(*tokens.shape, -1)
 
 
 class Unembed(View):
@@ -99,6 +119,16 @@ class Unembed(View):
     def b_U(self) -> Tensor:
         """[d_vocab]"""
         return self._bias("unembed", self._config.d_vocab)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The normalised stream -> logits before any soft cap, [..., d_vocab]"""
+        inside = parts.taken_over("unembed")
+        if inside is not None:
+            return inside(x)
+        hook_in, hook_out = self._modules["hook_in"], self._modules["hook_out"]
+        assert hook_in is not None and hook_out is not None, "made with both"
+        logits: Tensor = hook_out(self._held[0].unembed(hook_in(x)) * self._config.logit_scale)
+        return logits
 
 
 class Norm(View):
@@ -118,6 +148,10 @@ class Norm(View):
     def eps(self) -> float:
         """Added to the variance (or mean square)."""
         return self._config.norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d_model] -> the same shape, normalised"""
+        return parts.normalised(self._held[0], self._path, self._places, list(self.slots()), x)
 
 
 class Attention(View):
@@ -190,6 +224,51 @@ class Attention(View):
         """[d_model]"""
         return self._bias("out", self._config.d_model)
 
+    @property
+    def attn_type(self) -> str:
+        """ "local" where attention sees a window of last positions, else "global"."""
+        return "global" if self._config.window(self._layer) is None else "local"
+
+    @property
+    def mask(self) -> Tensor:
+        """Whether a query may look at a key: true on and below the diagonal, within the window. [n_ctx, n_ctx]
+
+        Made when asked for; the engine computes its own. Assigning anything else to it raises RequestError.
+        """
+        return parts.causal_mask(self._config.n_ctx, self._config.window(self._layer))
+
+    @mask.setter
+    def mask(self, mask: Tensor) -> None:
+        own = self.mask
+        if mask is not own and not (mask.shape == own.shape and torch.equal(mask.bool().cpu(), own)):
+            raise RequestError(
+                "the mask is computed, not stored: to change who sees whom, hook hook_attn_scores"
+            )
+
+    @property
+    def _layer(self) -> int:
+        return int(self._path.split(".")[1])
+
+    def forward(
+        self,
+        query_input: Tensor,
+        key_input: Tensor | None = None,
+        value_input: Tensor | None = None,
+        past_kv_cache_entry: None = None,
+        additive_attention_mask: None = None,
+        attention_mask: None = None,
+    ) -> Tensor:
+        """The normalised stream [batch, pos, d_model] (or copies for each head) -> what attention adds.
+
+        Keys and values are made from the same input unless given. No caches and masks: call the model for those.
+        """
+        if not (past_kv_cache_entry is None and additive_attention_mask is None and attention_mask is None):
+            raise RequestError("attention on its own takes no cache and no mask: call the model with them")
+        key_input = query_input if key_input is None else key_input
+        value_input = query_input if value_input is None else value_input
+        inputs = (query_input, key_input, value_input)
+        return parts.attended(self._held[0], self._layer, list(self.slots()), inputs)
+
 
 class MLP(View):
     """The MLP, plain or gated."""
@@ -224,16 +303,25 @@ class MLP(View):
         """[d_model]"""
         return self._bias("down", self._config.d_model)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """The normalised stream [batch, pos, d_model] -> what the MLP gives (before any norm behind it)"""
+        inside = parts.taken_over(self._path)
+        return (
+            inside(x)
+            if inside is not None
+            else parts.mlp_of(self._held[0], self._path, list(self.slots()), x)
+        )
+
 
 class TransformerBlock(View):
     """One block: `attn`, `mlp`, `ln1`, `ln2` and, where the model has them, `ln1_post`, `ln2_post`."""
 
-    def __init__(self, engine: Transformer, layer: int, names: Iterable[str]) -> None:
-        below: dict[str, list[str]] = {}
-        for name in names:
-            owner, _, point = name.rpartition(".")
-            below.setdefault(owner, []).append(point)
-        super().__init__(engine, f"blocks.{layer}", below.pop("", []))
+    def __init__(self, engine: Transformer, layer: int, places: Iterable[PointPlace]) -> None:
+        below: dict[str, dict[str, PointPlace]] = {}
+        for place in places:
+            owner, _, point = place.name.rpartition(".")
+            below.setdefault(owner, {})[point] = place
+        super().__init__(engine, f"blocks.{layer}", below.pop("", {}))
         post = engine.config.norm_place == "post"
         norms = {
             "ln1": "ln_attn_out" if post else "ln_attn",
@@ -242,6 +330,36 @@ class TransformerBlock(View):
             "ln2_post": "ln_mlp_out",
         }
         kinds: dict[str, type[View]] = {"attn": Attention, "mlp": MLP}
+        self._own: dict[str, View] = {}
         for owner, points in below.items():
             kind = kinds.get(owner, Norm)
-            setattr(self, owner, kind(engine, f"blocks.{layer}.{norms.get(owner, owner)}", points))
+            self._own[owner] = kind(engine, f"blocks.{layer}.{norms.get(owner, owner)}", points)
+            setattr(self, owner, self._own[owner])
+
+    def slots(self) -> Iterator[Slot]:
+        """Its own points, and those of the parts it was made with."""
+        yield from super().slots()
+        for part in self._own.values():
+            yield from part.slots()
+
+    def replaced(self) -> dict[str, nn.Module]:
+        """The MLP by its path, if somebody put another module in its place or gave it another `forward`.
+
+        Raises RequestError for another part that was replaced.
+        """
+        found: dict[str, nn.Module] = {}
+        for name, own in self._own.items():
+            now = self._modules[name]
+            if now is own and "forward" not in own.__dict__:
+                continue
+            if name != "mlp" or now is None:
+                raise RequestError(
+                    f"{self._path}.{name} was replaced by {type(now).__name__}, which is offered for mlp and unembed; "
+                    "hook the points before and behind it instead"
+                )
+            found[own._path] = now
+        return found
+
+    def forward(self, resid_pre: Tensor) -> Tensor:
+        """The stream entering the block -> the stream leaving it, [batch, pos, d_model]"""
+        return parts.block_of(self._held[0], self._path, list(self.slots()), self.replaced(), resid_pre)

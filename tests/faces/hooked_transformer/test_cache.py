@@ -5,30 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import strong_model, tiny_config
+from faces.hooked_transformer.tiny_families import FAMILIES
 from torch import Tensor
 
 from neuron_lens.errors import NeuronLensError, RequestError
 from neuron_lens.faces.hooked_transformer import HookedTransformer
-from neuron_lens.transformer.config import RotaryConfig
 from neuron_lens.weights import Processing, process
-
-ROTARY = {"position": "rotary", "rotary": RotaryConfig(dims=6)}
-FAMILIES: dict[str, dict[str, object]] = {
-    "gpt2": {},
-    "parallel": {"parallel": True, **ROTARY, "tied": False},
-    "llama": {**ROTARY, "norm": "rms", "n_kv_heads": 2, "mlp": "gated", "unembed_bias": True},
-    "sandwich": {
-        **ROTARY,
-        "norm": "rms",
-        "norm_place": "sandwich",
-        "n_kv_heads": 2,
-        "mlp": "gated",
-        "logit_softcap": 9.0,
-    },
-    "post": {**ROTARY, "norm": "layer", "norm_place": "post", "mlp": "gated"},
-    "attention_only": {"mlp": "none"},
-    "granite": {**ROTARY, "norm": "rms", "residual_scale": 0.5, "logit_scale": 0.7, "embedding_scale": 2.0},
-}
 
 
 def lens_of(family: str, **steps: bool) -> HookedTransformer:

@@ -17,6 +17,7 @@ from neuron_lens.faces.hooked_transformer import (
     HookedTransformerKeyValueCache,
     HookPoint,
 )
+from neuron_lens.hooks import AtPositions
 from neuron_lens.transformer import Transformer
 from neuron_lens.transformer.config import RotaryConfig
 
@@ -280,6 +281,7 @@ def test_generation(lens: HookedTransformer, tokens: Tensor) -> None:
 
 def test_hooks_know_their_positions_while_generating(lens: HookedTransformer, tokens: Tensor) -> None:
     seen = []
+    plain = lens.generate(tokens, max_new_tokens=4, do_sample=False)
 
     def at_position_11(x: Tensor, hook: HookPoint) -> Tensor:
         assert hook.run is not None
@@ -296,11 +298,23 @@ def test_hooks_know_their_positions_while_generating(lens: HookedTransformer, to
         x[:, 5] = 0
         return x
 
-    with lens.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", fifth)]):
-        assert lens.generate(tokens, max_new_tokens=2, use_past_kv_cache=False).shape == (2, 12)
-        with pytest.raises(HookError, match=r"only the newest position: compare hook\.run\.positions"):
-            lens.generate(tokens, max_new_tokens=2)
-    assert seen[:4] == [(0, 10), (1, 1), (2, 1), (3, 1)]
+    # a plain index, and a position in the engine's words: both act once, in the pass that reads the position
+    for hook in (fifth, AtPositions(5).append(lambda x: x * 0), AtPositions(-5).append(lambda x: x * 0)):
+        with lens.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", hook)]):
+            results = [
+                lens.generate(tokens, max_new_tokens=4, do_sample=False, use_past_kv_cache=cached)
+                for cached in (True, False)
+            ]
+        assert torch.equal(*results) and not torch.equal(results[0], plain)
+
+    def beyond(x: Tensor, hook: HookPoint) -> Tensor:
+        return x[:, 0 if x.shape[1] > 1 else 30, None].expand_as(x)
+
+    with (
+        lens.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", beyond)]),
+        pytest.raises(HookError, match="only the newest position"),
+    ):
+        lens.generate(tokens, max_new_tokens=3)
 
 
 def test_refusals(lens: HookedTransformer, tokens: Tensor) -> None:
