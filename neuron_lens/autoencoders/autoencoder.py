@@ -5,13 +5,13 @@ The formula is that of `config`. Knows no transformer: x is any float tensor who
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from neuron_lens.autoencoders.activations import RankedActivation, build_activation
+from neuron_lens.autoencoders.activations import Gated, RankedActivation, build_activation
 from neuron_lens.autoencoders.activations.base import LatentIndex
 from neuron_lens.autoencoders.config import AutoencoderConfig
 from neuron_lens.autoencoders.normalisation import DecodeState, normalise
@@ -119,6 +119,19 @@ class Autoencoder(nn.Module):
         h, state = self._pre_activations_and_state(x)
         return self._activate(h), state
 
+    def encode_through(
+        self, x: Tensor, on_input: Callable[[Tensor], Tensor], on_pre_activations: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, DecodeState]:
+        """As `encode_with_state`, with functions on the way.
+
+        Args:
+            on_input: given x with head axes flat [..., d_in]; what it returns is encoded.
+            on_pre_activations: given what the latents' size is read from [..., d_latent]; what it returns takes
+                its place. Of a gated autoencoder that is x W_enc exp(r_mag) + b_mag, and the gate is not changed.
+        """
+        h, state = self._affine(on_input(self._flat(x)))
+        return self._activate(h, on_pre_activations), state
+
     def encode_sparse(self, x: Tensor) -> tuple[SparseLatents, DecodeState]:
         """The active latents as values and indices [..., k], and what `decode` must know of x.
 
@@ -156,8 +169,11 @@ class Autoencoder(nn.Module):
                 f"{' and a skip term' if self.config.has_skip else ''} needs facts of the input: "
                 "latents, state = encode_with_state(x), then decode(latents, state)"
             )
-        out = self.decode_rows(self._unscaled(latents)) + self.b_dec
-        return self._denormalise(out, state)
+        return self.denormalise(self.decode_normalised(latents), state)
+
+    def decode_normalised(self, latents: Tensor | SparseLatents) -> Tensor:
+        """latents @ W_dec + b_dec [..., d_out]: what `denormalise` makes the reconstruction of."""
+        return self.decode_rows(self._unscaled(latents)) + self.b_dec
 
     def decode_rows(self, latents: Tensor | SparseLatents) -> Tensor:
         """latents @ W_dec [..., d_out] alone: no bias, no normalisation, no skip term."""
@@ -200,7 +216,10 @@ class Autoencoder(nn.Module):
     def _pre_activations_and_state(
         self, x: Tensor, index: LatentIndex | None = None
     ) -> tuple[Tensor, DecodeState]:
-        flat = self._flat(x)
+        return self._affine(self._flat(x), index)
+
+    def _affine(self, flat: Tensor, index: LatentIndex | None = None) -> tuple[Tensor, DecodeState]:
+        """Pre-activations and state of an input whose head axes are flat [..., d_in]."""
         normed, state = normalise(flat, self.config)
         encoder_in = normed.to(self.dtype)
         if self.b_pre is not None:
@@ -238,7 +257,10 @@ class Autoencoder(nn.Module):
             return self.activation.select(rank_by)
         return self.activation.select(h, rank_by)
 
-    def _activate(self, h: Tensor) -> Tensor:
+    def _activate(self, h: Tensor, on_sizes: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        if isinstance(self.activation, Gated) and on_sizes is not None:
+            return self.activation.open_gates(h, on_sizes(self.activation.magnitudes(h)))
+        h = h if on_sizes is None else on_sizes(h)
         if isinstance(self.activation, RankedActivation):
             return self._select(h).to_dense(self.config.d_latent)
         return self.activation(h)
@@ -252,7 +274,8 @@ class Autoencoder(nn.Module):
             return latents._replace(values=latents.values * inverse[latents.indices])
         return latents * inverse
 
-    def _denormalise(self, out: Tensor, state: DecodeState | None) -> Tensor:
+    def denormalise(self, out: Tensor, state: DecodeState | None) -> Tensor:
+        """The reconstruction [..., d_out] of what `decode_normalised` gave: scale, mean and skip term come back."""
         if self.config.normalisation == "scale":
             out = out / self.config.scale_out
         if state is not None and self.config.needs_state:

@@ -14,16 +14,17 @@ Knows the tree of hooks and no model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from neuron_lens.autoencoders.autoencoder import Autoencoder
 from neuron_lens.autoencoders.config import Site
+from neuron_lens.autoencoders.normalisation import DecodeState
 from neuron_lens.autoencoders.sparse import SparseLatents
 from neuron_lens.errors import RequestError, did_you_mean
-from neuron_lens.hooks import AtLayers, AutoencoderHooks, Handle, Run, TransformerHooks
+from neuron_lens.hooks import AtLayers, AutoencoderHooks, FwdBwdHooks, Handle, Run, TransformerHooks
 from neuron_lens.hooks.autoencoder import GradientPath
 
 __all__ = ["ErrorTerm", "Splice", "reference_errors", "splice"]
@@ -41,6 +42,7 @@ def splice(
     error: ErrorTerm = "keep",
     reference: Tensor | Mapping[int | None, Tensor] | None = None,
     gradient: GradientPath = "both",
+    chain: Literal["fwd", "fwd2"] = "fwd",
 ) -> Splice:
     """Put an autoencoder or transcoder into a tree of hooks, behind what is there already.
 
@@ -54,9 +56,10 @@ def splice(
         reference: with "freeze", the errors as `reference_errors` gives them: [batch or 1, position, d_out],
             or one such tensor for each layer.
         gradient: with "keep", the path of gradients through the splice; see `AutoencoderHooks`.
+        chain: of the site, where the splice goes: "fwd2" is behind the site's gradient hooks.
 
     Returns:
-        Splice: the tree of its own sites `latents`, `reconstruction` and `error`.
+        Splice: the tree of its own sites `latents`, `reconstruction`, `error` and so on.
 
     Raises:
         RequestError: no site known or none of that name, layers at a site outside the blocks, no reference.
@@ -66,25 +69,36 @@ def splice(
     spliced = Splice(autoencoder, error=error, reference=reference, gradient=gradient, read=read, write=write)
     targets = [target for _, target in pairs]
     if read.path == write.path and all(source == target for source, target in pairs):
-        spliced.handles += _append(hooks, write.path, targets, spliced)
+        spliced.handles += _append(hooks, f"{write.path}.{chain}", targets, spliced)
     else:
         sources = [source for source, _ in pairs]
-        spliced.handles += _append(hooks, read.path, sources, _Read(spliced, dict(pairs)))
-        spliced.handles += _append(hooks, write.path, targets, _Write(spliced))
+        spliced.handles += _append(hooks, f"{read.path}.{chain}", sources, _Read(spliced, dict(pairs)))
+        spliced.handles += _append(hooks, f"{write.path}.{chain}", targets, _Write(spliced))
     return spliced
 
 
 class Splice(AutoencoderHooks):
     """An autoencoder in a tree of hooks: what `splice` returns.
 
-    Its sites are `latents` [batch, pos, d_latent], `reconstruction` and `error` [batch, pos, d_out] (heads flat
-    where the autoencoder reads them so). The autoencoder's dtype holds inside only: what leaves is of the
-    site's. Where few latents are active and nothing hooks them, they are never made dense.
+    Its sites are, heads flat where the autoencoder reads them so,
+
+    - `input` [batch, pos, d_in], what is encoded; the error is what is missed of the input before its hooks,
+    - `pre_activations` and `latents` [batch, pos, d_latent],
+    - `normalised_reconstruction` [batch, pos, d_out], latents @ W_dec + b_dec; `reconstruction`, with scale, mean
+      and skip term; `error`; and `output`, their sum: what takes the place of the site.
+
+    The autoencoder's dtype holds inside only: what leaves is of the site's. Where few latents are active and
+    nothing hooks them, they are never made dense.
 
     Attributes:
         autoencoder: what is spliced in.
         handles: what `TransformerHooks.remove` takes to undo the splice.
     """
+
+    input: FwdBwdHooks
+    pre_activations: FwdBwdHooks
+    normalised_reconstruction: FwdBwdHooks
+    output: FwdBwdHooks
 
     def __init__(
         self,
@@ -107,6 +121,9 @@ class Splice(AutoencoderHooks):
         super().__init__(
             autoencoder.encode_with_state, autoencoder.decode, error != "drop", gradient=gradient
         )
+        self.add_subhooks("pre_activations", FwdBwdHooks(("batch", "pos", "d_latent")))
+        for name in ("input", "normalised_reconstruction", "output"):
+            self.add_subhooks(name, FwdBwdHooks(("batch", "pos", "d_model")))
         self.autoencoder, self.read_site, self.write_site = autoencoder, read, write
         self.reference = reference
         self.handles: list[Handle] = []
@@ -116,15 +133,36 @@ class Splice(AutoencoderHooks):
         """For messages and printouts of the tree."""
         return f"splice of {self.autoencoder.extra_repr()}"
 
-    def read(self, x: Tensor) -> Any:
+    def read(self, x: Tensor, **context: Any) -> Any:
         """Latents and decode state, sparse where few are active."""
-        return self.autoencoder.encode_compact(_part(x, self.read_site))
+        part, layer = _part(x, self.read_site), context.get("layer")
+        if not (self.input.acts_at(layer) or self.pre_activations.acts_at(layer)):
+            return self.autoencoder.encode_compact(part)
+        changed = []
+
+        def through(site: FwdBwdHooks) -> Callable[[Tensor], Tensor]:
+            def hooked(value: Tensor) -> Tensor:
+                edited = self._changed(site, value, context)
+                changed.append(edited is not None)
+                return value if edited is None else edited
+
+            return hooked
+
+        latents, state = self.autoencoder.encode_through(
+            part, through(self.input), through(self.pre_activations)
+        )
+        if not (any(changed) and self.add_error):
+            return latents, state
+        return _Changed(latents, state, self.autoencoder.encode_compact(part))
 
     def write(self, x: Tensor, encoded: Any, **context: Any) -> Tensor:
         """What the site becomes, in its own layout and dtype."""
         part = _part(x, self.write_site)
         flat = part.flatten(-2) if self._writes_heads(part) else part
-        written = super().write(flat, encoded, **context).reshape(part.shape)
+        written = super().write(flat, encoded, **context)
+        if self.output.acts_at(context.get("layer")):
+            written = self.output(written.clone() if written is flat else written, **context)
+        written = written.reshape(part.shape)
         if self.write_site is None or self.write_site.head is None:
             return written
         index = torch.tensor([self.write_site.head], device=x.device)
@@ -133,6 +171,26 @@ class Splice(AutoencoderHooks):
     def _writes_heads(self, x: Tensor) -> bool:
         config = self.autoencoder.config
         return config.flatten_heads and x.shape[-1] != config.d_out
+
+    def _parts(self, encoded: Any) -> tuple[Any, list[Any]]:
+        if isinstance(encoded, _Changed):
+            return encoded.latents, [encoded.state]
+        return super()._parts(encoded)
+
+    def _changed_elsewhere(self, encoded: Any, context: dict[str, Any]) -> bool:
+        return isinstance(encoded, _Changed) or self.normalised_reconstruction.acts_at(context.get("layer"))
+
+    def _plain(self, encoded: Any, x: Tensor) -> Tensor:
+        return super()._plain(encoded.plain if isinstance(encoded, _Changed) else encoded, x)
+
+    def _decoded(
+        self, latents: Any, state: list[Any], x: Tensor, context: dict[str, Any] | None = None
+    ) -> Tensor:
+        site = self.normalised_reconstruction
+        if context is None or not site.acts_at(context.get("layer")):
+            return super()._decoded(latents, state, x)
+        hooked = site(self.autoencoder.decode_normalised(latents), **context)
+        return self._fitting(self.autoencoder.denormalise(hooked, *state), x)
 
     def _editable(self, latents: Tensor | SparseLatents) -> Tensor:
         if isinstance(latents, SparseLatents):
@@ -151,6 +209,14 @@ class Splice(AutoencoderHooks):
         return _at_positions(known.detach().to(x.device, x.dtype), x, context.get("run"))
 
 
+class _Changed(NamedTuple):
+    """What `Splice.read` returns when hooks before the latents changed something and the error is needed too."""
+
+    latents: Tensor
+    state: DecodeState
+    plain: tuple[Tensor | SparseLatents, DecodeState]  # without any hook
+
+
 class _Read:
     """Encodes at the site a transcoder reads, and leaves the result for the site it writes.
 
@@ -162,9 +228,10 @@ class _Read:
 
     name = property(lambda self: f"read for {self.spliced.name}")
 
-    def __call__(self, x: Tensor, run: Run, layer: int | None = None) -> None:
+    def __call__(self, x: Tensor, run: Run, **context: Any) -> None:
         # the pass carries it, not the hook: two passes may be under way at once
-        run.carried[id(self.spliced), self.targets[layer]] = self.spliced.read(x)
+        target = self.targets[context.get("layer")]
+        run.carried[id(self.spliced), target] = self.spliced.read(x, run=run, **context)
 
 
 class _Write:
@@ -299,4 +366,4 @@ def _layers(
 def _append(hooks: TransformerHooks, path: str, layers: list[int | None], hook: Any) -> list[Handle]:
     chosen = [layer for layer in layers if layer is not None]
     placed = AtLayers(chosen).append(hook) if chosen else hook
-    return hooks.append_to_path(f"{path}.fwd", placed, handle=True)
+    return hooks.append_to_path(path, placed, handle=True)

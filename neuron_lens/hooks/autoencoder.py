@@ -59,23 +59,24 @@ class AutoencoderHooks(HookCollection):
         self.add_subhooks("error", FwdBwdHooks(("batch", "pos", "d_model")))
 
     def __call__(self, x: Tensor, **context: Any) -> Tensor:
-        return self.write(x, self.read(x), **context)
+        return self.write(x, self.read(x, **context), **context)
 
-    def read(self, x: Tensor) -> Any:
+    def read(self, x: Tensor, **context: Any) -> Any:
         """What the encoder makes of x: latents, or (latents, state)."""
         return self.encode(x)
 
     def write(self, x: Tensor, encoded: Any, **context: Any) -> Tensor:
         """What the site that holds x becomes, given what was read, here or at another site."""
-        latents, *state = encoded if type(encoded) is tuple else (encoded,)
-        edited = self._edited(latents, context)
-        reconstruction = self._decoded(latents if edited is None else edited, state, x)
+        latents, state = self._parts(encoded)
+        edited = self._changed(self.latents, latents, context)
+        reconstruction = self._decoded(latents if edited is None else edited, state, x, context)
         if not self.add_error:
             hooked = self._hooked_reconstruction(reconstruction, context)
             if self.error.has_any():
                 self.error(x - reconstruction, **context)
             return hooked.to(x.dtype)
-        plain = reconstruction if edited is None else self._decoded(latents, state, x)
+        same = edited is None and not self._changed_elsewhere(encoded, context)
+        plain = reconstruction if same else self._plain(encoded, x)
         if self.gradient == "error":
             # x itself is the error's only live part: decode(encode(x)) counts as a constant on both sides
             reconstruction, plain = reconstruction.detach(), plain.detach()
@@ -86,13 +87,18 @@ class AutoencoderHooks(HookCollection):
         hooked = self._hooked_reconstruction(reconstruction, context)
         return (hooked.to(wide) + self.error(error, **context)).to(x.dtype)
 
-    def _edited(self, latents: Any, context: dict[str, Any]) -> Tensor | None:
-        """The latents after their hooks; None when nothing was hooked, or nothing changed or will be traced."""
-        if not self.latents.acts_at(context.get("layer")):
+    def _parts(self, encoded: Any) -> tuple[Any, list[Any]]:
+        """The latents and the state, if any, of what `read` returned."""
+        latents, *state = encoded if type(encoded) is tuple else (encoded,)
+        return latents, state
+
+    def _changed(self, site: FwdBwdHooks, value: Any, context: dict[str, Any]) -> Tensor | None:
+        """A value after the hooks of its site; None when nothing was hooked, or nothing changed or will be traced."""
+        if not site.acts_at(context.get("layer")):
             return None
-        given = self._editable(latents)
+        given = self._editable(value)
         version = version_of(given)
-        hooked = self.latents(given, **context)
+        hooked = site(given, **context)
         if hooked is given and not edited_in_place(given, version) and not given.requires_grad:
             return None
         return hooked
@@ -102,8 +108,21 @@ class AutoencoderHooks(HookCollection):
         copied: Tensor = latents.clone()
         return copied
 
-    def _decoded(self, latents: Any, state: list[Any], x: Tensor) -> Tensor:
-        decoded = self.decode(latents, *state)
+    def _changed_elsewhere(self, encoded: Any, context: dict[str, Any]) -> bool:
+        """Whether hooks of other sites than the latents may have changed the reconstruction."""
+        return False
+
+    def _plain(self, encoded: Any, x: Tensor) -> Tensor:
+        """The reconstruction without any hook."""
+        return self._decoded(*self._parts(encoded), x)
+
+    def _decoded(
+        self, latents: Any, state: list[Any], x: Tensor, context: dict[str, Any] | None = None
+    ) -> Tensor:
+        """The reconstruction; context: for hooks inside the decoder, None for none."""
+        return self._fitting(self.decode(latents, *state), x)
+
+    def _fitting(self, decoded: Tensor, x: Tensor) -> Tensor:
         if decoded.shape != x.shape:
             raise HookError(
                 f"the autoencoder decodes to {list(decoded.shape)}, but the site has {list(x.shape)}"

@@ -30,8 +30,14 @@ class Gated(LatentActivation):
 
     def forward(self, h: Tensor, latents: LatentIndex | None = None) -> Tensor:
         """See LatentActivation."""
-        b_gate, b_mag, r_mag = (
-            vector if latents is None else vector[latents] for vector in (self.b_gate, self.b_mag, self.r_mag)
-        )
-        is_on = (h + b_gate > 0).to(h.dtype)
-        return is_on * torch.relu(h * r_mag.exp() + b_mag)
+        return self.open_gates(h, self.magnitudes(h, latents), latents)
+
+    def magnitudes(self, h: Tensor, latents: LatentIndex | None = None) -> Tensor:
+        """The second map's pre-activations, of h's shape."""
+        r_mag, b_mag = (v if latents is None else v[latents] for v in (self.r_mag, self.b_mag))
+        return h * r_mag.exp() + b_mag
+
+    def open_gates(self, h: Tensor, magnitudes: Tensor, latents: LatentIndex | None = None) -> Tensor:
+        """relu(magnitudes) where the gate of h is open, else zero."""
+        b_gate = self.b_gate if latents is None else self.b_gate[latents]
+        return (h + b_gate > 0).to(h.dtype) * magnitudes.relu()

@@ -18,7 +18,7 @@ from neuron_lens.faces.hooked_transformer.names import PointPlace
 from neuron_lens.hooks import Site, TransformerHooks
 from neuron_lens.hooks.chain import SiteAware, describe
 
-__all__ = ["Slot", "hook_tree"]
+__all__ = ["PointsAtSite", "Slot", "hook_tree", "is_caching"]
 
 
 class Slot(NamedTuple):
@@ -43,20 +43,20 @@ def hook_tree(slots: Iterable[Slot], *, forward_only: bool = False) -> Transform
     if not hooked:
         return None
     caching = any(
-        _is_caching(h) for point, _ in hooked if isinstance(point, HookPoint) for h in point.fwd_hooks
+        is_caching(h) for point, _ in hooked if isinstance(point, HookPoint) for h in point.fwd_hooks
     )
     tree = TransformerHooks()
     chains_at = {site.path: site for site in tree.sites()}
-    forward: dict[str, _PointsAtSite] = {}
-    backward: dict[str, _PointsAtSite] = {}
+    forward: dict[str, PointsAtSite] = {}
+    backward: dict[str, PointsAtSite] = {}
     for module, place in hooked:
         if not isinstance(module, HookPoint):
-            here = forward.setdefault(place.site, _PointsAtSite(copy_first=caching))
+            here = forward.setdefault(place.site, PointsAtSite(copy_first=caching))
             here.points[place.layer] = _module_in_place(module, place)
             continue
         for chains, handles in ((forward, module.fwd_hooks), (backward, module.bwd_hooks)):
             if handles and not (forward_only and chains is backward):
-                here = chains.setdefault(place.site, _PointsAtSite(copy_first=caching and chains is forward))
+                here = chains.setdefault(place.site, PointsAtSite(copy_first=caching and chains is forward))
                 here.points[place.layer] = (module, tuple(handles))
     for path, here in forward.items():
         chains_at[path].fwd.append(cast(Any, here))
@@ -79,7 +79,7 @@ def _module_in_place(module: nn.Module, place: PointPlace) -> tuple[HookPoint, t
     return point, tuple(point.fwd_hooks)
 
 
-class _PointsAtSite(SiteAware):
+class PointsAtSite(SiteAware):
     """The hook points of one site in one direction, by layer.
 
     copy_first: hooks that are not the library's own caching get a tensor of their own to edit, because caches hold
@@ -113,7 +113,7 @@ class _PointsAtSite(SiteAware):
         later = run is not None and run.step and (isinstance(run.starts, Tensor) or run.starts > 0)
         try:
             for handle in handles:
-                if _is_caching(handle):
+                if is_caching(handle):
                     shared = self.copy_first
                 elif shared:
                     x, shared = x.clone(), False
@@ -157,7 +157,7 @@ def _in_later_step(x: Tensor, point: HookPoint, handle: LensHandle) -> Tensor:
 _OUT_OF_BOUNDS = re.compile(r"index (-?\d+) is out of bounds for dimension \d+ with size (\d+)")
 
 
-def _is_caching(handle: LensHandle) -> bool:
+def is_caching(handle: LensHandle) -> bool:
     return isinstance(handle.user_hook, CachingHook)
 
 
