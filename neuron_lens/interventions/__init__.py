@@ -1,17 +1,30 @@
 """Interventions as data, sweeps over them, patching and attribution.
 
 Reading order: tensors, places, declared, kinds, apply, store, runs; metrics, grid, sweep_plan, sweep_run,
-sweep; patching, path_patching; gradients; graph,
-circuits, attribution.
+sweep; patching; gradients, attribution; circuits; path_patching, direct_paths.
 """
 
 from neuron_lens.interventions.apply import capture, mean_activations, to_hooks
 from neuron_lens.interventions.attention_knockout import AttentionKnockout
-from neuron_lens.interventions.attribution import attribute_edges, attribution_patch, exact_edge_effects
-from neuron_lens.interventions.circuits import Ablation, CircuitScore, run_circuit, score_circuit
+from neuron_lens.interventions.attribution import attribution_patch
+from neuron_lens.interventions.circuits import (
+    Ablation,
+    Circuit,
+    CircuitScore,
+    Edge,
+    GraphShape,
+    Units,
+    attribute_edges,
+    exact_edge_effects,
+    run_circuit,
+    score_circuit,
+)
 from neuron_lens.interventions.declared import Intervention
+from neuron_lens.interventions.direct_paths import (
+    get_act_patch_direct_path,
+    get_act_patch_direct_path_all_sources,
+)
 from neuron_lens.interventions.gradients import grad_at, jacobian_rows, jvp_at, vjp_at
-from neuron_lens.interventions.graph import Circuit, Edge, GraphShape
 from neuron_lens.interventions.grid import Grid, grid
 from neuron_lens.interventions.kinds import (
     Add,
@@ -38,13 +51,7 @@ from neuron_lens.interventions.metrics import (
     TokenRank,
 )
 from neuron_lens.interventions.patching import generic_activation_patch
-from neuron_lens.interventions.path_patching import (
-    Receiver,
-    Sender,
-    get_act_patch_direct_path,
-    get_act_patch_direct_path_all_sources,
-    path_patch,
-)
+from neuron_lens.interventions.path_patching import Receiver, Sender, path_patch
 from neuron_lens.interventions.places import PerRow, Span, TokenText
 from neuron_lens.interventions.runs import RecordedRun, Replay, record, replay
 from neuron_lens.interventions.store import load_interventions, save_interventions
@@ -89,6 +96,7 @@ __all__ = [
     "TokenProbability",
     "TokenRank",
     "TokenText",
+    "Units",
     "Zero",
     "attribute_edges",
     "attribution_patch",

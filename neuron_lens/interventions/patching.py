@@ -158,7 +158,7 @@ def _patched(
     config, length = model.config, corrupted_tokens.shape[1]
     source = needed_activations(clean, site, range(config.n_layers))
     for layer in range(config.n_layers):
-        _same_length(source[site, layer], site, length)
+        same_length(source[site, layer], site, length)
     heads = (
         axis_size(config, next((axis for axis in site_named(site).axes or () if "head" in axis), "one")) or 1
     )
@@ -170,7 +170,7 @@ def _patched(
     return _in_order(result, axes)
 
 
-def _same_length(activation: Tensor, site: str, length: int) -> None:
+def same_length(activation: Tensor, site: str, length: int) -> None:
     pos = (site_named(site).axes or ()).index("pos")
     if activation.shape[pos] != length:
         raise RequestError(

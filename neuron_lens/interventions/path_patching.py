@@ -1,23 +1,26 @@
-"""Path patching: the effect of some senders on the metric through their direct paths to some receivers.
+"""Path patching: the effect of some senders on the metric through chosen paths to some receivers.
 
-The senders' outputs are taken from a source run; what they add to the residual stream differs from the base run by a
-difference that reaches the receivers directly (everything between them is held at the base run). The receivers
-then read the base stream plus that difference, and everything behind them runs as it does (Goldowsky-Dill et al. 2023,
-arXiv 2304.05969; Wang et al. 2022, arXiv 2211.00593).
+What the senders add to the residual stream in a source run differs from the base run. That difference travels to the
+receivers: directly, with everything between held at the base run (Goldowsky-Dill et al. 2023, arXiv 2304.05969), or
+also through what lies between, where `through` lets it: through MLPs with all attention held (Wang et al. 2022,
+arXiv 2211.00593), or through everything. Other receivers are always held, so that every path is counted once: with
+all that reads as receivers, the effect is that of patching the senders themselves. Receivers then read the stream of
+the run plus what reached them, and everything behind them runs as it does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from neuron_lens.errors import RequestError
-from neuron_lens.hooks import TransformerHooks
+from neuron_lens.hooks import AtLayers, TransformerHooks
 from neuron_lens.interventions.apply import capture, to_hooks
-from neuron_lens.interventions.declared import Intervention
+from neuron_lens.interventions.circuits.nodes import GraphShape, Node
+from neuron_lens.interventions.circuits.senders import sender_outputs
 from neuron_lens.interventions.grid import Grid
 from neuron_lens.interventions.kinds import Patch
 from neuron_lens.interventions.metrics import Metric
@@ -32,13 +35,21 @@ if TYPE_CHECKING:
 __all__ = [
     "Receiver",
     "Sender",
-    "get_act_patch_direct_path",
-    "get_act_patch_direct_path_all_sources",
+    "Through",
+    "head_difference",
+    "patch_paths",
     "path_patch",
+    "sender_differences",
 ]
 
 AnyMetric = Metric | Callable[[Tensor], Any]
-STREAM = "resid.torso.pre_attn"
+Through = Literal["nothing", "mlps", "everything"]
+STREAM, MLP_IN, LAST = "resid.torso.pre_attn", "resid.torso.mlp_in", "resid.torso.post_mlp"
+WRITES = {
+    "embedding": "resid.post_emb",
+    "head": "resid.torso.delta_attn",
+    "mlp": "resid.torso.delta_mlp",
+}
 
 
 class Sender(Frozen):
@@ -57,7 +68,7 @@ class Sender(Frozen):
 
 
 class Receiver(Frozen):
-    """What reads the stream: a head's queries, keys or values, a layer's MLP, or the logits."""
+    """What reads the stream: a head's queries, keys or values (head None: all heads'), a layer's MLP, or the logits."""
 
     part: Literal["q", "k", "v", "mlp", "logits"]
     layer: int | None = None
@@ -71,30 +82,108 @@ def path_patch(
     senders: Sequence[Sender],
     receivers: Sequence[Receiver] | Iterable[Sequence[Receiver]],
     metric: AnyMetric | Mapping[str, AnyMetric],
+    *,
+    through: Through = "nothing",
     **options: Any,
 ) -> SweepResult:
-    """The metric when `senders` reach each set of receivers as in the source run, through direct paths only.
+    """The metric when `senders` reach each set of receivers as in the source run, through the paths that are let.
+
+    What a head adds where a norm stands behind attention is its output through that norm with the divisor of its run held.
 
     Args:
-        tokens, source_tokens: [batch, pos], of equal shape.
+        tokens, source_tokens: [batch, pos], of equal shape; with `pad` among the options, both are padded so.
         senders: all of them together.
         receivers: one set of receivers, or several, each a cell of the result.
+        through: what lies between passes the difference on: "nothing" (direct paths only), "mlps" (attention is held at
+            the base run), "everything" (only the other receivers are held).
         options: those of `sweep`.
 
     Raises:
         RequestError: parts that do not exist, prompts of different shape, receivers that no sender precedes.
     """
+    differences = sender_differences(model, tokens, source_tokens, senders, options.get("pad"))
+    return patch_paths(model, tokens, differences, receivers, metric, through=through, **options)
+
+
+def patch_paths(
+    model: Transformer,
+    tokens: Tensor,
+    differences: Mapping[Sender, Tensor],
+    receivers: Sequence[Receiver] | Iterable[Sequence[Receiver]],
+    metric: AnyMetric | Mapping[str, AnyMetric],
+    *,
+    through: Through = "nothing",
+    **options: Any,
+) -> SweepResult:
+    """`path_patch` with given differences of what senders add to the stream, [batch, pos, d_model] each."""
+    config = model.config
     sets = _receiver_sets(receivers)
-    _check(model.config, senders, sets)
+    if through not in get_args(Through):
+        raise RequestError(f"through {through!r}: expected one of {', '.join(map(repr, get_args(Through)))}")
+    _check_receivers(config, list(differences), sets)
+    base: Activations | None = None
+    if through != "nothing":
+        sites = [STREAM, LAST, WRITES["head"]]
+        sites += [] if config.mlp == "none" else [MLP_IN, WRITES["mlp"]]
+        base = capture(model, tokens, sites, pad=options.get("pad"))
+    cells = []
+    for one in sets:
+        reached: Callable[[Receiver], Tensor] = _Direct(config, differences)
+        if base is not None:
+            reached = _Recorded(model, tokens, differences, one, base, through, options.get("pad"))
+        tree = TransformerHooks()
+        for receiver in one:
+            site, layer, heads = _read_at(config, receiver)
+            hook = _Plus(reached(receiver), heads)
+            tree.append_to_path(f"{site}.fwd", AtLayers(layer).append(hook))
+        cells.append(tree)
+    return sweep(model, tokens, Grid({"cell": tuple(range(len(cells)))}, tuple(cells)), metric, **options)
+
+
+def sender_differences(
+    model: Transformer,
+    tokens: Tensor,
+    source_tokens: Tensor,
+    senders: Sequence[Sender],
+    pad: Tensor | None = None,
+) -> dict[Sender, Tensor]:
+    """What each sender adds to the stream in the source run less what it adds in the run of `tokens`.
+
+    Raises RequestError for senders that do not exist and prompts of different shape.
+    """
+    check_senders(model.config, senders)
     if tokens.shape != source_tokens.shape:
         raise RequestError(
             f"the prompts are {list(tokens.shape)} and the source's {list(source_tokens.shape)}; they must align"
         )
-    pad = options.get("pad")
-    base = capture(model, tokens, _stream_sites(model.config), pad=pad)
-    written = _written(model, tokens, source_tokens, senders, base, pad)
-    cells = [tuple(_reads(model, one, base, written) for one in receivers) for receivers in sets]
-    return sweep(model, tokens, Grid({"cell": tuple(range(len(cells)))}, tuple(cells)), metric, **options)
+    index = {node.name: at for at, node in enumerate(GraphShape.of(model.config).senders)}
+    chosen = [index[Node(**dict(sender)).name] for sender in senders]
+    ours, theirs = (sender_outputs(model, one, pad=pad)[chosen] for one in (tokens, source_tokens))
+    return dict(zip(senders, theirs - ours, strict=True))
+
+
+def head_difference(
+    model: Transformer,
+    tokens: Tensor,
+    source: Mapping[Any, Tensor],
+    sender: Sender,
+    pad: Tensor | None = None,
+) -> Tensor:
+    """What a head adds with its mixed values (`attn.v_out`) from a source, less what it adds to a run. [batch, pos, d_model]
+
+    Raises RequestError where a norm stands behind attention: the source's whole run would be needed.
+    """
+    check_senders(model.config, [sender])
+    if model.config.norm_place != "pre" and model.config.norm != "none":
+        raise RequestError(
+            "a norm stands behind attention: what a head adds depends on its whole run; give the source's tokens"
+        )
+    patch = Patch(site="attn.v_out", layers=sender.layer, heads=sender.head, source=source)
+    site, written = "attn.result", []
+    for hooks in (to_hooks(patch, model), None):
+        run = capture(model, tokens, site, layers=sender.layer, hooks=hooks, pad=pad)
+        written.append(run[site, sender.layer][:, :, sender.head])
+    return (written[0] - written[1]) * model.config.residual_scale
 
 
 def _receiver_sets(receivers: Sequence[Receiver] | Iterable[Sequence[Receiver]]) -> list[list[Receiver]]:
@@ -104,157 +193,138 @@ def _receiver_sets(receivers: Sequence[Receiver] | Iterable[Sequence[Receiver]])
     return [list(one) for one in listed]
 
 
-def _stream_sites(config: TransformerConfig) -> list[str]:
-    return [STREAM, "resid.torso.post_mlp"] + ([] if config.mlp == "none" else ["resid.torso.mlp_in"])
+def _check_part(config: TransformerConfig, one: Sender | Receiver) -> None:
+    whole = one.part in ("embedding", "logits")
+    heads = config.n_kv_heads if one.part in ("k", "v") else config.n_heads
+    if (one.layer is None) != whole or (one.layer is not None and not 0 <= one.layer < config.n_layers):
+        raise RequestError(
+            f"{one!r}: {one.part} {'has no layer' if whole else f'needs a layer of {config.n_layers}'}"
+        )
+    has_head = one.part in ("head", "q", "k", "v")
+    if (one.part == "head" and one.head is None) or (
+        one.head is not None and not (has_head and 0 <= one.head < heads)
+    ):
+        raise RequestError(f"{one!r}: {one.part} needs a head of {heads}, and only heads have one")
+    if one.part == "mlp" and config.mlp == "none":
+        raise RequestError(f"{one!r}: the model has no MLP")
 
 
-def _check(config: TransformerConfig, senders: Sequence[Sender], sets: list[list[Receiver]]) -> None:
-    if not senders or not sets or not all(sets):
-        raise RequestError("path patching needs at least one sender and one receiver")
-    parts: list[Sender | Receiver] = [*senders, *(one for receivers in sets for one in receivers)]
-    for one in parts:
-        whole = one.part in ("embedding", "logits")
-        heads = config.n_kv_heads if one.part in ("k", "v") else config.n_heads
-        if (one.layer is None) != whole or (one.layer is not None and not 0 <= one.layer < config.n_layers):
+def check_senders(config: TransformerConfig, senders: Sequence[Sender]) -> None:
+    if not senders or len(set(senders)) != len(senders):
+        raise RequestError("path patching needs at least one sender, each named once")
+    for one in senders:
+        _check_part(config, one)
+
+
+def _check_receivers(
+    config: TransformerConfig, senders: Sequence[Sender], sets: list[list[Receiver]]
+) -> None:
+    if not sets or not all(sets):
+        raise RequestError("path patching needs at least one receiver")
+    for receiver in (one for receivers in sets for one in receivers):
+        _check_part(config, receiver)
+        if not any(_reaches(config, sender, receiver) for sender in senders):
             raise RequestError(
-                f"{one!r}: {one.part} {'has no layer' if whole else f'needs a layer of {config.n_layers}'}"
+                f"{receiver!r}: no sender writes to the stream before it reads; there is no path"
             )
-        if (one.head is None) == (one.part in ("head", "q", "k", "v")) or not 0 <= (one.head or 0) < heads:
-            raise RequestError(f"{one!r}: {one.part} needs a head of {heads}, and only heads have one")
-        if one.part == "mlp" and config.mlp == "none":
-            raise RequestError(f"{one!r}: the model has no MLP")
-    for receivers in sets:
-        for receiver in receivers:
-            place = config.n_layers if receiver.layer is None else receiver.layer
-            behind = receiver.part == "mlp" and not config.parallel
-            if not any(sender.written_before(place, behind_attention=behind) for sender in senders):
-                raise RequestError(
-                    f"{receiver!r}: no sender writes to the stream before it reads; there is no path"
-                )
 
 
-def _written(
-    model: Transformer,
-    tokens: Tensor,
-    source_tokens: Tensor,
-    senders: Sequence[Sender],
-    base: Activations,
-    pad: Tensor | None,
-) -> dict[Sender, Tensor]:
-    """What each sender adds to the stream in the source run, less what it adds in the base run. [batch, pos, d_model]"""
-    differences: dict[Sender, Tensor] = {}
-    for sender in senders:
-        if sender.part == "embedding":
-            both = [
-                capture(model, one, "resid.post_emb", pad=pad)["resid.post_emb"]
-                for one in (source_tokens, tokens)
-            ]
-        elif sender.part == "mlp":
-            both = [
-                capture(model, one, "resid.torso.delta_mlp", layers=sender.layer, pad=pad)[
-                    "resid.torso.delta_mlp", sender.layer
-                ]
-                for one in (source_tokens, tokens)
-            ]
-        else:
-            both = _head_outputs(model, tokens, source_tokens, sender, pad)
-        differences[sender] = both[0] - both[1]
-    return differences
-
-
-def _head_outputs(
-    model: Transformer, tokens: Tensor, source_tokens: Tensor, sender: Sender, pad: Tensor | None
-) -> list[Tensor]:
-    """What attention adds with the sender's values from the source run, and without."""
-    values = capture(model, source_tokens, "attn.v_out", layers=sender.layer, pad=pad)
-    patch = Patch(site="attn.v_out", layers=sender.layer, heads=sender.head, source=values)
-    site = "resid.torso.delta_attn"
-    return [
-        capture(model, tokens, site, layers=sender.layer, hooks=hooks, pad=pad)[site, sender.layer]
-        for hooks in (to_hooks(patch, model), None)
-    ]
-
-
-def _reads(
-    model: Transformer, receiver: Receiver, base: Activations, written: Mapping[Sender, Tensor]
-) -> Intervention:
-    """The receiver reads the base stream and the differences of the senders that write before it."""
-    config = model.config
+def _reaches(config: TransformerConfig, sender: Sender, receiver: Receiver) -> bool:
+    """Whether a sender has written when a receiver reads."""
     layer = config.n_layers if receiver.layer is None else receiver.layer
-    behind = receiver.part == "mlp" and not config.parallel
-    reaching = [
-        value for sender, value in written.items() if sender.written_before(layer, behind_attention=behind)
-    ]
-    difference = torch.stack(reaching).sum(0)
-    if receiver.part == "logits":
-        last, site = config.n_layers - 1, "resid.torso.post_mlp"
-        return Patch(site=site, layers=last, source={(site, last): base[site, last] + difference})
+    return sender.written_before(layer, behind_attention=receiver.part == "mlp" and not config.parallel)
+
+
+def _read_at(config: TransformerConfig, receiver: Receiver) -> tuple[str, int, list[int] | None]:
+    """The site that holds what a receiver reads, its layer, and the heads there; None where there are none."""
+    if receiver.layer is None:
+        return LAST, config.n_layers - 1, None
     if receiver.part == "mlp":
-        site = "resid.torso.mlp_in"
-        return Patch(site=site, layers=layer, source={(site, layer): base[site, layer] + difference})
-    site = f"attn.{receiver.part}_in"
-    heads = config.n_heads if receiver.part == "q" else config.n_kv_heads
-    stream = (base[STREAM, layer] + difference)[:, :, None].expand(-1, -1, heads, -1)
-    return Patch(site=site, layers=layer, heads=receiver.head, source={(site, layer): stream})
+        return MLP_IN, receiver.layer, None
+    every = range(config.n_heads if receiver.part == "q" else config.n_kv_heads)
+    heads = list(every) if receiver.head is None else [receiver.head]
+    return f"attn.{receiver.part}_in", receiver.layer, heads
 
 
-def get_act_patch_direct_path(
-    model: Transformer,
-    corrupted_tokens: Tensor,
-    clean_tokens: Tensor,
-    metric: AnyMetric,
-    src_layer: int,
-    src_head: int,
-    component: Literal["q", "k", "v"] = "q",
-    **options: Any,
-) -> Tensor:
-    """One head's clean output into each later head's queries, keys or values only. [layer, head]
+class _Direct:
+    """What reaches a receiver directly: the sum of what the senders before it write differently."""
 
-    Layers up to the source's hold the metric of the corrupted run: no path leads there.
-    """
-    config = model.config
-    heads = config.n_heads if component == "q" else config.n_kv_heads
-    later = range(src_layer + 1, config.n_layers)
-    sender = Sender(part="head", layer=src_layer, head=src_head)
-    if not later:
-        _check(config, [sender], [[Receiver(part="logits")]])
-    receivers = [
-        [Receiver(part=component, layer=layer, head=head)] for layer in later for head in range(heads)
-    ]
-    if not receivers:  # the last layer has no later heads: only the corrupted run's metric is left
-        nothing = TransformerHooks().append_to_path("logits.fwd", _unchanged)
-        alone = sweep(model, corrupted_tokens, [nothing], metric, **options)
-        return torch.full((config.n_layers, heads), alone.baseline())
-    result = path_patch(model, corrupted_tokens, clean_tokens, [sender], receivers, metric, **options)
-    table = torch.full((config.n_layers, heads), result.baseline())
-    table[src_layer + 1 :] = result.values().view(len(later), heads)
-    return table
+    def __init__(self, config: TransformerConfig, differences: Mapping[Sender, Tensor]) -> None:
+        self.config, self.differences = config, differences
 
-
-def _unchanged(x: Tensor) -> None:
-    """A hook that does nothing."""
-
-
-def get_act_patch_direct_path_all_sources(
-    model: Transformer,
-    corrupted_tokens: Tensor,
-    clean_tokens: Tensor,
-    metric: AnyMetric,
-    component: Literal["q", "k", "v"] = "q",
-    **options: Any,
-) -> Tensor:
-    """`get_act_patch_direct_path` from every head. [source layer, source head, layer, head]"""
-    config = model.config
-    return torch.stack(
-        [
-            torch.stack(
-                [
-                    get_act_patch_direct_path(
-                        model, corrupted_tokens, clean_tokens, metric, layer, head, component, **options
-                    )
-                    for head in range(config.n_heads)
-                ]
-            )
-            for layer in range(config.n_layers)
+    def __call__(self, receiver: Receiver) -> Tensor:
+        """[batch, pos, d_model]"""
+        some = [
+            value for sender, value in self.differences.items() if _reaches(self.config, sender, receiver)
         ]
-    )
+        return torch.stack(some).sum(0)
+
+
+class _Recorded:
+    """What reaches a receiver in a run with the senders' differences, in which parts and other receivers are held."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokens: Tensor,
+        differences: Mapping[Sender, Tensor],
+        receivers: Sequence[Receiver],
+        base: Activations,
+        through: Through,
+        pad: Tensor | None,
+    ) -> None:
+        self.config, self.base = model.config, base
+        tree = TransformerHooks()
+        for receiver in receivers:
+            site, layer, heads = _read_at(model.config, receiver)
+            if site != LAST:
+                read = base[MLP_IN if site == MLP_IN else STREAM, layer]
+                tree.append_to_path(f"{site}.fwd", AtLayers(layer).append(_Held(read, heads)))
+        if through == "mlps":
+            for layer in range(model.config.n_layers):
+                held = _Held(base[WRITES["head"], layer], None)
+                tree.append_to_path(f"{WRITES['head']}.fwd", AtLayers(layer).append(held))
+        for sender, difference in differences.items():
+            plus = _Plus(difference, None)
+            placed = plus if sender.layer is None else AtLayers(sender.layer).append(plus)
+            tree.append_to_path(f"{WRITES[sender.part]}.fwd2", placed)
+        # MLPs that are receivers are held at mlp_in: what they would read is the stream before it
+        self.before_mlp = STREAM if model.config.parallel else "resid.torso.post_attn"
+        self.run = capture(model, tokens, {STREAM, LAST, self.before_mlp}, hooks=tree, pad=pad)
+
+    def __call__(self, receiver: Receiver) -> Tensor:
+        """[batch, pos, d_model]"""
+        if receiver.layer is None:
+            last = self.config.n_layers - 1
+            return self.run[LAST, last] - self.base[LAST, last]
+        if receiver.part == "mlp":
+            return self.run[self.before_mlp, receiver.layer] - self.base[MLP_IN, receiver.layer]
+        return self.run[STREAM, receiver.layer] - self.base[STREAM, receiver.layer]
+
+
+class _Held:
+    """What a site held in the base run; at some heads [batch, pos, head, d_model] the same for each."""
+
+    def __init__(self, value: Tensor, heads: list[int] | None) -> None:
+        self.value, self.heads = value, heads
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.heads is None:
+            return self.value
+        held = x.clone()
+        held[:, :, self.heads] = self.value[:, :, None]
+        return held
+
+
+class _Plus:
+    """x plus a difference [batch, pos, d_model], at some heads the same for each."""
+
+    def __init__(self, difference: Tensor, heads: list[int] | None) -> None:
+        self.difference, self.heads = difference, heads
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.heads is None:
+            return x + self.difference
+        moved = x.clone()
+        moved[:, :, self.heads] += self.difference[:, :, None]
+        return moved

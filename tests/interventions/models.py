@@ -25,6 +25,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "tied": False,
     },
     "parallel": {"parallel": True, "position": "alibi", "windows": (3, None, None)},
+    "post": {"norm": "rms", "norm_place": "post", "qk_norm": "full", "residual_scale": 0.5},
     "sandwich": {"norm_place": "sandwich", "attention_softcap": 20.0, "logit_softcap": 10.0},
 }
 

@@ -12,13 +12,11 @@ from torch import Tensor
 from neuron_lens.errors import RequestError
 from neuron_lens.hooks import AtLayers, TransformerHooks
 from neuron_lens.interventions import LogitDifference, capture, patching
-from neuron_lens.interventions.path_patching import (
-    Receiver,
-    Sender,
+from neuron_lens.interventions.direct_paths import (
     get_act_patch_direct_path,
     get_act_patch_direct_path_all_sources,
-    path_patch,
 )
+from neuron_lens.interventions.path_patching import Receiver, Sender, path_patch
 from neuron_lens.transformer import Transformer
 from tests.interventions.models import everything, prompts, tiny_model
 

@@ -15,6 +15,7 @@ from neuron_lens.interventions import (
     Patch,
     Receiver,
     Sender,
+    Units,
     attribute_edges,
     attribution_patch,
     capture,
@@ -27,10 +28,9 @@ from neuron_lens.interventions import (
 from tests.interventions.models import FAMILIES, prompts, tiny_model
 
 METRIC = LogitDifference(3, 5)
-ADDITIVE = [family for family in FAMILIES if family != "sandwich"]
 
 
-@pytest.mark.parametrize("family", ADDITIVE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_all_edges_are_the_model_and_none_the_other_run(family: str) -> None:
     model, tokens, others = tiny_model(family), prompts(seed=1), prompts(seed=2)
     every = Circuit(GraphShape.of(model.config))
@@ -42,7 +42,7 @@ def test_all_edges_are_the_model_and_none_the_other_run(family: str) -> None:
     torch.testing.assert_close(nothing, METRIC(model(others), others), atol=3e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", ADDITIVE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_one_edge_is_a_direct_path(family: str) -> None:
     model, tokens, others = tiny_model(family), prompts(seed=1), prompts(seed=2)
     every = Circuit(GraphShape.of(model.config))
@@ -163,8 +163,6 @@ def test_what_makes_no_sense_is_refused() -> None:
         every.with_edges([("mlp 2", "q 1.0")])
     with pytest.raises(RequestError, match=r"the graph has no 'head 9\.0'"):
         every.with_edges([("head 9.0", "logits")])
-    with pytest.raises(RequestError, match="norms behind its sublayers"):
-        attribute_edges(tiny_model("sandwich"), tokens, Ablation("zero"), METRIC)
     with pytest.raises(RequestError, match="give tokens"):
         run_circuit(model, tokens, every, Ablation("mean"), METRIC)
     with pytest.raises(RequestError, match="they must align"):
@@ -173,3 +171,94 @@ def test_what_makes_no_sense_is_refused() -> None:
         run_circuit(tiny_model("llama"), tokens, every, Ablation("zero"), METRIC)
     with pytest.raises(RequestError, match="has none for each row"):
         attribute_edges(model, tokens, Ablation("zero"), METRIC, method="integrated_inputs")
+    with pytest.raises(RequestError, match="expected one of 'gradient'"):
+        attribute_edges(model, tokens, Ablation("zero"), METRIC, method="eap")
+    with pytest.raises(RequestError, match="no node 'mlp 7'"):
+        every.among(["embedding", "mlp 7"])
+    with pytest.raises(RequestError, match="the circuit would be empty: no edge has a score of 1"):
+        every.above(1.0)
+    with pytest.raises(RequestError, match="no path of the circuit"):
+        every.with_edges([("head 0.0", "logits")]).pruned()
+    for nothing in (lambda: every.top(0), lambda: every.greedy(0), lambda: every.with_edges([])):
+        with pytest.raises(RequestError, match="at least one"):
+            nothing()
+
+
+def padded(tokens: torch.Tensor, left: int, right: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = len(tokens)
+    sides = [torch.full((rows, width), 9) for width in (left, right)]
+    pad = torch.zeros(rows, left + tokens.shape[1] + right, dtype=torch.bool)
+    pad[:, :left], pad[:, pad.shape[1] - right :] = True, True
+    return torch.cat((sides[0], tokens, sides[1]), 1), pad
+
+
+@pytest.mark.parametrize(
+    "family, side",
+    [
+        ("gpt2", (2, 0)),
+        ("gpt2", (0, 2)),
+        ("llama", (2, 0)),
+        ("parallel", (1, 1)),
+        ("post", (0, 2)),
+        ("sandwich", (1, 1)),
+    ],
+)
+def test_a_padded_row_gives_what_it_gives_alone(family: str, side: tuple[int, int]) -> None:
+    model, tokens, others = tiny_model(family), prompts(1, 5, seed=1), prompts(1, 5, seed=2)
+    wide, pad = padded(tokens, *side)
+    wide_others, _ = padded(others, *side)
+    units = [Units.neurons(1, (0, 4))]
+    for alone, both in (
+        (Ablation("patch", others), Ablation("patch", wide_others, pad=pad)),
+        (Ablation("mean", others), Ablation("mean", wide_others, pad=pad)),
+        (Ablation("resample", others), Ablation("resample", wide_others, pad=pad)),
+    ):
+        methods = ["gradient", "integrated_activations"] + ["integrated_inputs"] * (alone.kind == "patch")
+        for method in methods:
+            options = {"method": method, "steps": 2, "units": units}
+            expected = attribute_edges(model, tokens, alone, METRIC, **options)
+            found = attribute_edges(model, wide, both, METRIC, pad=pad, **options)
+            torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=1e-3)
+        some = expected.top(30)
+        torch.testing.assert_close(
+            run_circuit(model, wide, some, both, METRIC, pad=pad),
+            run_circuit(model, tokens, some, alone, METRIC),
+            atol=1e-5,
+            rtol=1e-4,
+        )
+
+
+def test_rows_of_a_padded_batch_are_averaged_and_must_align() -> None:
+    model = tiny_model()
+    short, long = prompts(1, 4, seed=1), prompts(1, 7, seed=2)
+    short_others, long_others = prompts(1, 4, seed=3), prompts(1, 7, seed=4)
+    wide, pad = padded(short, 3, 0)
+    wide_others, _ = padded(short_others, 3, 0)
+    both, both_others = torch.cat((wide, long)), torch.cat((wide_others, long_others))
+    pads = torch.cat((pad, torch.zeros_like(pad)))
+    found = attribute_edges(model, both, Ablation("patch", both_others, pad=pads), METRIC, pad=pads)
+    alone = [
+        attribute_edges(model, one, Ablation("patch", other), METRIC).scores
+        for one, other in ((short, short_others), (long, long_others))
+    ]
+    torch.testing.assert_close(found.scores, torch.stack(alone).mean(0), atol=1e-5, rtol=1e-3)
+    for kind in ("patch", "resample"):
+        with pytest.raises(RequestError, match="padding elsewhere"):
+            attribute_edges(model, both, Ablation(kind, both_others), METRIC, pad=pads)
+    # rows are drawn from those that align
+    drawn = Ablation("resample", both_others.repeat(4, 1), pad=pads.repeat(4, 1), seed=5)
+    whole = drawn.outputs(model, both, pad=pads)
+    patch = Ablation("patch", both_others, pad=pads).outputs(model, both, pad=pads)
+    torch.testing.assert_close(whole[:, 1], patch[:, 1])
+    torch.testing.assert_close(whole[:, 0, 3:], patch[:, 0, 3:])
+
+
+def test_resampling_draws_all_rows_alike() -> None:
+    model, tokens = tiny_model(n_layers=1), prompts(200, 3, seed=1)
+    others = torch.arange(4)[:, None].expand(4, 3).contiguous()
+    written = Ablation("resample", others, seed=1).outputs(model, tokens)[0, :, 0]
+    counts = [
+        int((written == row).all(-1).sum())
+        for row in Ablation("patch", others).outputs(model, others)[0, :, 0]
+    ]
+    assert sum(counts) == 200 and min(counts) > 25
