@@ -1,4 +1,4 @@
-"""The patching family has the usual shapes and equals patching by hand; path patching equals its definition."""
+"""The patching family has the usual shapes and equals patching by hand."""
 
 from __future__ import annotations
 
@@ -12,11 +12,6 @@ from torch import Tensor
 from neuron_lens.errors import RequestError
 from neuron_lens.hooks import AtLayers, TransformerHooks
 from neuron_lens.interventions import LogitDifference, capture, patching
-from neuron_lens.interventions.direct_paths import (
-    get_act_patch_direct_path,
-    get_act_patch_direct_path_all_sources,
-)
-from neuron_lens.interventions.path_patching import Receiver, Sender, path_patch
 from neuron_lens.transformer import Transformer
 from tests.interventions.models import everything, prompts, tiny_model
 
@@ -128,69 +123,3 @@ def test_a_cache_by_short_names_will_do_and_wrong_lengths_will_not() -> None:
         function(model, prompts(1, LENGTH + 1), clean, METRIC)
     with pytest.raises(RequestError, match=r"lack attn\.q, layer 0"):
         patching.get_act_patch_attn_head_q_all_pos(model, corrupted, clean, METRIC)
-
-
-def direct_by_hand(
-    model: Transformer, base: Tensor, source: Tensor, src: tuple, dst: tuple, component: str
-) -> float:
-    """The definition: the head's own output, through its output weights, added to one later head's input."""
-    (layer, head), (to_layer, to_head) = src, dst
-    values = [
-        capture(model, tokens, "attn.v_out")["attn.v_out", layer][:, :, head] for tokens in (source, base)
-    ]
-    width = model.config.d_head
-    weight = model.blocks[layer].attn.out.weight[:, head * width : (head + 1) * width]
-    difference = (values[0] - values[1]) @ weight.T
-
-    def add(x: Tensor) -> Tensor:
-        x = x.clone()
-        x[:, :, to_head] += difference
-        return x
-
-    hooks = TransformerHooks().append_to_path(f"attn.{component}_in.fwd", AtLayers(to_layer).append(add))
-    return float(METRIC(model(base, hooks=hooks), base).mean())
-
-
-@pytest.mark.parametrize("component", ["q", "k", "v"])
-def test_direct_paths_equal_their_definition(component: str) -> None:
-    model, base, source = tiny_model("llama"), prompts(2, LENGTH, seed=1), prompts(2, LENGTH, seed=2)
-    table = get_act_patch_direct_path(model, base, source, METRIC, 0, 2, component)
-    heads = 4 if component == "q" else 2
-    assert table.shape == (3, heads)
-    plain = float(METRIC(model(base), base).mean())
-    torch.testing.assert_close(table[0], torch.full((heads,), plain))
-    for layer, head in itertools.product((1, 2), range(heads)):
-        expected = direct_by_hand(model, base, source, (0, 2), (layer, head), component)
-        assert float(table[layer, head]) == pytest.approx(expected, abs=3e-5)
-
-
-def test_direct_paths_from_all_sources() -> None:
-    model = tiny_model(n_layers=2)
-    base, source = prompts(1, LENGTH, seed=1), prompts(1, LENGTH, seed=2)
-    table = get_act_patch_direct_path_all_sources(model, base, source, METRIC, "v")
-    assert table.shape == (2, 4, 2, 4)
-    torch.testing.assert_close(table[0, 3], get_act_patch_direct_path(model, base, source, METRIC, 0, 3, "v"))
-
-
-def test_all_senders_into_all_receivers_is_the_source_run() -> None:
-    # everything that reads, reads what everything that writes wrote in the source run
-    model, base, source = tiny_model(), prompts(2, LENGTH, seed=1), prompts(2, LENGTH, seed=2)
-    senders = [Sender(part="embedding")]
-    senders += [Sender(part="head", layer=layer, head=head) for layer in range(3) for head in range(4)]
-    senders += [Sender(part="mlp", layer=layer) for layer in range(3)]
-    result = path_patch(model, base, source, senders, [Receiver(part="logits")], METRIC)
-    expected = METRIC(model(source), source).mean()
-    torch.testing.assert_close(result.values()[0], expected, atol=3e-5, rtol=1e-4)
-    nothing = path_patch(model, base, base, senders, [Receiver(part="mlp", layer=1)], METRIC)
-    torch.testing.assert_close(nothing.values()[0], METRIC(model(base), base).mean())
-
-
-def test_paths_that_do_not_exist_are_refused() -> None:
-    model, base = tiny_model(), prompts()
-    late = [Sender(part="head", layer=2, head=0)]
-    with pytest.raises(RequestError, match="there is no path"):
-        path_patch(model, base, base, late, [Receiver(part="q", layer=1, head=0)], METRIC)
-    with pytest.raises(RequestError, match="needs a head of 4"):
-        path_patch(
-            model, base, base, [Sender(part="head", layer=0, head=4)], [Receiver(part="logits")], METRIC
-        )
