@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from neuron_lens.analysis.attention_blocks import Reduction, attention_blocks, value_weighted_pattern
@@ -13,7 +14,14 @@ from neuron_lens.faces.hooked_model.positions import ResolvedPositions
 if TYPE_CHECKING:
     from neuron_lens.transformer import Transformer
 
-__all__ = ["block_reduction", "projected", "weighted", "write_matrix"]
+__all__ = [
+    "block_reduction",
+    "projected",
+    "projected_gradient",
+    "weighted",
+    "weighted_gradient",
+    "write_matrix",
+]
 
 
 def write_matrix(model: Transformer, layer: int) -> Tensor:
@@ -29,6 +37,16 @@ def projected(model: Transformer, layer: int, head: int, vectors: Tensor) -> Ten
     return head_results(vectors[:, :, None], matrix)[:, :, 0]
 
 
+def projected_gradient(model: Transformer, layer: int, head: int, gradients: Tensor) -> Tensor:
+    """Gradients of projected vectors [batch, pos, d_model] from those of the head's own [batch, pos, d_head].
+
+    A projected vector x W moves only within the image of W, so its gradient is the one there: the shortest g with
+    (dx W) · g = dx · gradient for every dx, which is gradient · (W⁺)ᵀ.
+    """
+    matrix = write_matrix(model, layer)[head]
+    return gradients @ torch.linalg.pinv(matrix.float()).mT.to(gradients.dtype)
+
+
 def weighted(model: Transformer, layer: int, heads: list[int], pattern: Tensor, values: Tensor) -> Tensor:
     """Patterns [batch, chosen head, query, key] weighted by the norms of the keys' projected values.
 
@@ -37,6 +55,17 @@ def weighted(model: Transformer, layer: int, heads: list[int], pattern: Tensor, 
     group = model.config.n_heads // model.config.n_kv_heads
     read = values[:, :, [head // group for head in heads]]
     return value_weighted_pattern(pattern, read, write_matrix(model, layer)[heads])
+
+
+def weighted_gradient(
+    model: Transformer, layer: int, heads: list[int], gradients: Tensor, values: Tensor
+) -> Tensor:
+    """Gradients of weighted patterns from those of the patterns: an entry is A · ‖v W_O‖, the norm held as it is.
+
+    Zero where the value is. Shapes as in `weighted`.
+    """
+    norms = weighted(model, layer, heads, torch.ones_like(gradients), values)
+    return torch.where(norms > 0, gradients / norms, 0.0)
 
 
 def block_reduction(

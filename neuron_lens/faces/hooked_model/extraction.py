@@ -14,7 +14,13 @@ from torch import Tensor
 
 from neuron_lens.analysis.position_groups import group_means, stream_moments
 from neuron_lens.errors import RequestError
-from neuron_lens.faces.hooked_model.derived import block_reduction, projected, weighted
+from neuron_lens.faces.hooked_model.derived import (
+    block_reduction,
+    projected,
+    projected_gradient,
+    weighted,
+    weighted_gradient,
+)
 from neuron_lens.faces.hooked_model.extraction_config import ExtractionConfig
 from neuron_lens.faces.hooked_model.fields import FIELDS, Field
 from neuron_lens.faces.hooked_model.positions import ResolvedPositions
@@ -101,10 +107,9 @@ class Extraction:
 
     def values(self) -> dict[str, Any]:
         """What was kept, by key. It is handed over, and no longer held here."""
-        named = dict(self._named(self.kept))
+        named = dict(self._named())
         if self.config.keep_gradient:
-            derivatives = dict(self._named(self.gradients))
-            named |= {f"{key}_gradients": value for key, value in derivatives.items()}
+            named |= {f"{key}_gradients": value for key, value in self._named(gradients=True)}
         if self.config.avg_over_example:
             named = {f"avg_{key}": value.mean(0, keepdim=True) for key, value in named.items()}
             named["n_examples"] = self.where.columns.shape[0]
@@ -133,20 +138,21 @@ class Extraction:
             return value
         return [row[mask] for row, mask in zip(value, self.where.mask.to(value.device), strict=True)]
 
-    def _named(self, source: dict[SitePlace, Tensor]) -> Iterator[tuple[str, Any]]:
+    def _named(self, *, gradients: bool = False) -> Iterator[tuple[str, Any]]:
+        """Keys and values of all fields; or keys and the gradients of the values."""
         for name in self.config.fields():
             field = FIELDS[name]
             for layer in self._layers(field):
-                yield from self._named_at(name, field, layer, source)
+                yield from self._named_at(name, field, layer, gradients)
 
     def _named_at(
-        self, name: str, field: Field, layer: int | None, source: dict[SitePlace, Tensor]
+        self, name: str, field: Field, layer: int | None, gradients: bool
     ) -> Iterator[tuple[str, Any]]:
         if field.kind == "pattern":
-            yield from self._patterns(name, field, layer, source)
+            yield from self._patterns(name, field, layer, gradients)
             return
         place = self._read_from(field), layer
-        x = source[place]
+        x = (self.gradients if gradients else self.kept)[place]
         if field.kind == "stream":
             yield field.key.format(l=layer), self.shaped(x)
             return
@@ -162,17 +168,19 @@ class Extraction:
             shared = "kv_head" in self._axes(field)
             part = x[:, :, head // group if shared and field.kind != "kv_head" else head]
             if field.kind == "projected" or (place[0] == "attn.v_out" and field.site == "attn.result"):
-                part = projected(self.model, layer, head, part)
+                part = (projected_gradient if gradients else projected)(self.model, layer, head, part)
             yield field.key.format(l=layer, h=head), self.shaped(part)
 
     def _patterns(
-        self, name: str, field: Field, layer: int | None, source: dict[SitePlace, Tensor]
+        self, name: str, field: Field, layer: int | None, gradients: bool
     ) -> Iterator[tuple[str, Any]]:
         assert layer is not None, "patterns are in layers"
         heads = self.heads[layer]
-        pattern = source[field.site, layer]  # [batch, chosen head, query, key]
+        # [batch, chosen head, query, key]
+        pattern = (self.gradients if gradients else self.kept)[field.site, layer]
         if name == "extract_value_weighted_pattern":
-            pattern = weighted(self.model, layer, heads, pattern, source["attn.v", layer])
+            of_weighted = weighted_gradient if gradients else weighted
+            pattern = of_weighted(self.model, layer, heads, pattern, self.kept["attn.v", layer])
         reduction = self.config.attn_pattern_avg
         if self.config.avg and reduction == "none":
             reduction = "mean"
@@ -257,15 +265,6 @@ class Extraction:
             path = FIELDS[name].site
             if path in absent:
                 raise RequestError(f"{name}: this model has no {path}: {absent[path]}")
-            if self.config.keep_gradient and FIELDS[name].kind == "projected":
-                raise RequestError(
-                    f"{name}: a projected vector is not part of the model's computation and has no gradient; extract "
-                    f"the head's own vector, or turn keep_gradient off"
-                )
-        if self.config.keep_gradient and self.config.extract_value_weighted_pattern:
-            raise RequestError(
-                "extract_value_weighted_pattern is not part of the computation and has no gradient"
-            )
 
 
 class _Recorder:

@@ -61,8 +61,10 @@ class ExtractionConfig(Frozen):
         avg: mean over each position group.
         avg_over_example: mean over examples, kept as `avg_{key}` [1, P, …] in place of `{key}` and weighted
             rightly when caches are joined; logits, input ids and `last_layernorm` stay as they are.
-        keep_gradient: also `{key}_gradients` for every extracted activation: the derivative, for each row, of its last logit of
-            `vocabulary_index`.
+        keep_gradient: also `{key}_gradients` for every extracted activation, of its shape: the derivative, for each row, of its
+            last logit of `vocabulary_index`, averaged or summed as the activation is. What is made of a head's own vector or
+            pattern moves with that alone: gradient · projected equals gradient · vector, gradient · weighted equals gradient ·
+            pattern. (`last_layernorm`, logits and ids have none.)
     """
 
     extract_embed: bool = False
@@ -153,6 +155,10 @@ class ExtractionConfig(Frozen):
             )
         if self.attn_pattern_row_positions is not None and not self.extract_attn_pattern:
             raise ValueError("attn_pattern_row_positions needs extract_attn_pattern=True")
+        if self.keep_gradient and self.attn_pattern_avg == "baseline_ratio":
+            raise ValueError(
+                "keep_gradient with attn_pattern_avg='baseline_ratio' has no meaning: use 'mean' or 'sum'"
+            )
         if self.keep_gradient and not self.fields():
             raise ValueError("keep_gradient gives gradients of extracted activations: extract at least one")
         return self

@@ -10,27 +10,10 @@ from interventions.models import tiny_model
 from torch import Tensor
 
 from neuron_lens.faces.hooked_model import HookedModel
+from neuron_lens.faces.hooked_model.fields import FIELDS
 
 ROWS = [[3, 9, 1, 14, 7, 20, 2], [5, 11, 8, 2], [6, 1, 19, 4, 13]]
-EVERY_FIELD = {
-    "extract_embed",
-    "extract_resid_in",
-    "extract_resid_mid",
-    "extract_resid_out",
-    "extract_attn_out",
-    "extract_mlp_out",
-    "extract_attn_in",
-    "extract_values",
-    "extract_head_values",
-    "extract_head_keys",
-    "extract_head_queries",
-    "extract_head_z",
-    "extract_head_out",
-    "extract_head_values_projected",
-    "extract_attn_pattern",
-    "extract_value_weighted_pattern",
-    "extract_last_layernorm",
-}
+EVERY_FIELD = (*FIELDS, "extract_last_layernorm", "save_input_ids")
 
 
 def face(family: str = "gpt2") -> HookedModel:

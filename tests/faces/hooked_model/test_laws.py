@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from faces.hooked_model.cases import EVERY_FIELD, ROWS, all_inputs, both_families, face, inputs, near
 
 from neuron_lens.errors import NeuronLensError, RequestError
 from neuron_lens.faces.hooked_model import ExtractionConfig, Intervention
+from neuron_lens.faces.hooked_model.fields import FIELDS
 
 EVERYTHING = ExtractionConfig(**dict.fromkeys(EVERY_FIELD, True))
 POSITIONS = ["last", "first", (1, 3)]
@@ -66,6 +69,35 @@ def test_a_heads_values_are_its_slice_of_the_projection(family: str, case: str) 
 
 @both_families
 @all_inputs
+def test_every_other_field_is_what_the_models_parts_make_of_their_input(family: str, case: str) -> None:
+    model = face(family)
+    config, block = model.model.config, model.model.blocks[1]
+    cache = model.forward(inputs(case), POSITIONS, extraction_config=EVERYTHING)
+    assert near(block.ln_attn(cache["resid_in_1"]), cache["attn_in_1"])
+    assert torch.equal(cache["attn_in_1"], cache["resid_in_post_layernorm_1"])
+    assert near(block.ln_mlp(cache["resid_mid_1"]), cache["mlp_in_1"])
+    width, group = config.d_head, config.n_heads // config.n_kv_heads
+    for letter, linear in (("queries", block.attn.q), ("keys", block.attn.k), ("values", block.attn.v)):
+        packed = cache[f"{letter}_L1"]
+        assert near(packed, linear(cache["attn_in_1"]))
+        heads = packed.unflatten(-1, (-1, width)).unbind(2)
+        for head in range(config.n_heads):
+            own = heads[head if letter == "queries" else head // group]
+            assert near(cache[f"head_{letter}_L1H{head}"], own)
+            matrix = block.attn.out.weight[:, head * width : (head + 1) * width]
+            name = {"queries": "query", "keys": "key", "values": "value"}[letter]
+            assert near(cache[f"projected_{name}_L1H{head}"], own @ matrix.T)
+        if letter != "queries":
+            assert all(near(cache[f"kv_head_{letter}_L1H{i}"], heads[i]) for i in range(config.n_kv_heads))
+    ids = inputs(case)["input_ids"] if isinstance(inputs(case), dict) else inputs(case)
+    last = [row[-1] for row in ROWS] if case in ("left", "right") else ids[:, -1].tolist()
+    assert cache["input_ids"]["last"][:, 0].tolist() == last
+    known = {field.key.format(l=1, h=1) for field in FIELDS.values()}
+    assert known <= set(cache)
+
+
+@both_families
+@all_inputs
 def test_patterns_are_causal_mixtures_that_give_z(family: str, case: str) -> None:
     model = face(family)
     cache = model.forward(inputs(case), ["all"], extraction_config=EVERYTHING, ragged=True)
@@ -73,6 +105,7 @@ def test_patterns_are_causal_mixtures_that_give_z(family: str, case: str) -> Non
         for row, pattern in enumerate(cache[f"pattern_L2H{head}"]):
             assert near(pattern.sum(-1), torch.ones(pattern.shape[0]))
             assert not pattern.triu(1).any()
+            assert near(cache[f"scores_L2H{head}"][row].softmax(-1), pattern)
             assert near(pattern @ cache[f"head_values_L2H{head}"][row], cache[f"head_z_L2H{head}"][row])
             norms = cache[f"projected_value_L2H{head}"][row].norm(dim=-1)
             assert near(cache[f"value_weighted_pattern_L2H{head}"][row], pattern * norms[None, :])
@@ -186,6 +219,49 @@ def test_gradients_of_every_row_are_those_of_finite_differences(family: str, cas
             expected = cache[f"{key}_gradients"][row, 0] @ direction[:width]
             assert torch.allclose(slope[row, target], expected, rtol=5e-3, atol=1e-3)
     assert cache["input_embeddings_gradients"].shape == cache["input_embeddings"].shape
+
+
+@both_families
+@all_inputs
+def test_gradients_of_what_is_made_of_a_head_move_with_the_head(family: str, case: str) -> None:
+    model = face(family)
+    names = "head_values head_keys head_queries head_out head_z attn_pattern value_weighted_pattern"
+    names += " head_values_projected head_keys_projected head_queries_projected"
+    fields = dict.fromkeys(names.split(), True)
+    config = ExtractionConfig(
+        **{f"extract_{name}": on for name, on in fields.items()}, keep_gradient=True, save_logits=False
+    )
+    cache = model.forward(inputs(case), POSITIONS, extraction_config=config, vocabulary_index=7)
+
+    def slope(key: str) -> torch.Tensor:
+        return (cache[key] * cache[f"{key}_gradients"]).sum(-1)
+
+    for head in range(model.model.config.n_heads):
+        assert cache[f"pattern_L1H{head}_gradients"].any()
+        for letter, own in (("value", "values"), ("key", "keys"), ("query", "queries")):
+            assert near(slope(f"projected_{letter}_L1H{head}"), slope(f"head_{own}_L1H{head}"))
+            # and so does every other move of the head's own vector
+            matrix = model.model.blocks[1].attn.out.weight[:, head * 4 : head * 4 + 4]
+            projected = cache[f"projected_{letter}_L1H{head}_gradients"]
+            assert near(projected @ matrix, cache[f"head_{own}_L1H{head}_gradients"])
+        assert near(slope(f"value_weighted_pattern_L1H{head}"), slope(f"pattern_L1H{head}"))
+        assert near(slope(f"head_out_L1H{head}"), slope(f"head_z_L1H{head}"))
+
+
+@both_families
+def test_gradients_stay_under_interventions(family: str) -> None:
+    model = face(family)
+    config = ExtractionConfig(extract_resid_out=True, extract_mlp_out=True, keep_gradient=True)
+    halved = Intervention(activation="resid_out_1", multiplication_value=0.5, token_positions=["all"])
+    replaced = Intervention(activation="resid_out_1", token_positions=["last"])
+    options: dict[str, Any] = {"extraction_config": config, "vocabulary_index": [4, 8, 15]}
+    half = model.forward(inputs("left"), POSITIONS, interventions=[halved], **options)
+    # what is recorded stands behind the intervention, what went into it before
+    assert half["resid_out_1_gradients"].any()
+    assert near(half["mlp_out_1_gradients"], half["resid_out_1_gradients"] / 2)
+    # overwritten at the last position: only what other positions read of it is left
+    cut = model.forward(inputs("left"), ["last"], interventions=[replaced], **options)
+    assert cut["resid_out_1_gradients"].any() and not cut["mlp_out_1_gradients"].any()
 
 
 @both_families
