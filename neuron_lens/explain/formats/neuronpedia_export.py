@@ -258,7 +258,7 @@ def export_features(
 
 
 def export_activations(
-    batch: DashboardBatch, *, creator_id: str | None = None
+    batch: DashboardBatch, *, creator_id: str | None = None, created_at: str | None = None
 ) -> tuple[ExportActivation, ...]:
     """A batch's texts as rows. Ids are hashes of the content, so that the same text has the same id again."""
     rows = []
