@@ -1,7 +1,7 @@
 """What was seen of a unit: frozen, typed records, plain Python, no torch.
 
-A unit is a neuron, an autoencoder latent, an attention head or a direction at a site. A window is a stretch of one document as the
-model read it, with the unit's activation at every token. Records are closed (an unknown field is an error),
+A unit is a neuron, an autoencoder latent, an attention head or a direction at a site. A window is a stretch
+of one document as the model read it, with the unit's activation at every token. Records are closed (an unknown field is an error),
 hold no NaN (what is missing is `None`), and go to JSON and back unchanged.
 """
 
@@ -64,8 +64,8 @@ class TokenWindow(Record):
 
     All per-token fields have one entry a token. `tokens` are the tokens' texts (bytes that are not whole
     characters appear as U+FFFD), `annotations` maps the name of an annotation (such as "lexical_class") to
-    its value at every token. Of an attention head, the activation at a token is the largest write norm
-    there, and `sources` says which token of the window it is written from.
+    its value at every token. Of an attention head, the activation at a token is the norm of what it writes
+    there, and `sources` says which token of the window contributes most to that.
     """
 
     document: str  # the path or name of the document
@@ -84,8 +84,6 @@ class TokenWindow(Record):
     def _one_entry_a_token(self) -> Self:
         fields: dict[str, tuple[Any, ...]] = {"ids": self.ids, "activations": self.activations}
         fields |= self.annotations
-        if self.sources:
-            fields["sources"] = self.sources
         if self.sources is not None:
             fields["sources"] = self.sources
             if not all(-1 <= source <= place for place, source in enumerate(self.sources)):

@@ -77,8 +77,12 @@ class TextWindows:
         activations: NDArray[np.floating[Any]],
         preceding: int = 12,
         annotations: Sequence[str] = ("lexical_class",),
+        partners: NDArray[np.integer[Any]] | None = None,
     ) -> TokenWindow:
-        """The window of `row` as a record, with one unit's activations `[length]`."""
+        """The window of `row` as a record, with one unit's activations `[length]`.
+
+        `partners` `[length]`: of a head, how many tokens back the token lies that contributes most.
+        """
         here = slice(self.context, self.context + self.length)
         ids = self.columns["token"][row]
         own = ids[here][ids[here] != ABSENT]
@@ -98,6 +102,9 @@ class TextWindows:
             activations=tuple(round(float(value), 4) for value in activations[: len(own)]),
             preceding=tuple(self.token_texts[token] for token in before if token != ABSENT),
             annotations=said,
+            sources=None
+            if partners is None
+            else tuple(max(place - int(back), -1) for place, back in enumerate(partners[: len(own)])),
         )
 
     def save(self, path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from neuron_lens.errors import RequestError
 
 if TYPE_CHECKING:
+    from neuron_lens.autoencoders import Autoencoder
     from neuron_lens.explain.pipeline import Pipeline
     from neuron_lens.explain.result import RunResult, Score
     from neuron_lens.harvest.corpus import Corpus
@@ -23,6 +24,8 @@ __all__ = ["add", "corpus_of", "run", "summary_table"]
 DEFAULT_MODEL = "pico"
 _SAMPLE = "pico/sample"  # in model_defs: text no shipped model was trained on
 
+_NOUNS = ("neuron", "head", "latent")  # what can be named; each also as a plural that takes several
+
 _COLUMNS = "{:<18}{:<22}{:>8}{:>9}{:>6}{:>8}  {}"
 
 _EXAMPLES = """\
@@ -31,6 +34,9 @@ examples:
   neuron-lens explain pico --layer 2 --neuron 17       one neuron
   neuron-lens explain pico --layer 2 --neurons 0:16    a range (the end is left out), or a list: 3,5,8
   neuron-lens explain pico --all                       every neuron; can be stopped and started again
+  neuron-lens explain pico --sae pico --latent 42      a latent of the autoencoder that ships with pico
+  neuron-lens explain gpt2 --sae folder --latents 0:64 latents of an autoencoder in any published format
+  neuron-lens explain pico --layer 3 --heads 0:6       attention heads
   neuron-lens explain pico --corpus src/ 'notes/*.md'  on other text
 """
 
@@ -39,8 +45,8 @@ def add(subparsers: Any) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "explain",
-        help="explain neurons of a model: sentences, scores, causal effects, pages",
-        description="Explain neurons of a model. Runs offline, on any text, without a key.",
+        help="explain neurons, heads and latents of a model: sentences, scores, causal effects, pages",
+        description="Explain neurons, attention heads and latents. Runs offline, on any text, without a key.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -49,9 +55,14 @@ def add(subparsers: Any) -> None:
     )
     parser.add_argument("--layer", type=int, metavar="L", help="layer, from 0 (default: the middle one)")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--neuron", type=int, metavar="N", help="one neuron")
-    which.add_argument("--neurons", metavar="A:B", help="a range A:B or a list A,B,C of neurons")
+    for noun, initial in zip(_NOUNS, "NHN", strict=True):
+        whose = " of --sae" if noun == "latent" else ""
+        which.add_argument(f"--{noun}", type=int, metavar=initial, help=f"one {noun}{whose}")
+        which.add_argument(f"--{noun}s", metavar="A:B", help=f"a range A:B or a list A,B,C of {noun}s{whose}")
     which.add_argument("--all", action="store_true", help="every neuron of --layer, or of the model")
+    parser.add_argument(
+        "--sae", metavar="PATH", help="an autoencoder: folder, file, or name of the model it ships with"
+    )
     parser.add_argument(
         "--corpus", nargs="+", metavar="PATH", help="files, folders or globs (default: the shipped sample)"
     )
@@ -63,12 +74,12 @@ def add(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Explain what was asked for, print the table and where the pages are."""
-    numbers = _neuron_numbers(arguments)
+    noun, numbers = _named(arguments)
     out = arguments.out or Path("explanations") / Path(arguments.model).name
     _require_writable(out)
     corpus = corpus_of(arguments.corpus)
     pipeline = _pipeline(arguments, corpus, out)
-    units = _units(pipeline, arguments.layer, numbers, everything=arguments.all)
+    units = _units(pipeline, arguments, noun, numbers)
     result = pipeline.run(units)
     wanted = {unit.name for unit in units}
     print(summary_table(result, wanted, width=shutil.get_terminal_size((110, 24)).columns))
@@ -81,6 +92,7 @@ def _pipeline(arguments: argparse.Namespace, corpus: Corpus, out: Path) -> Pipel
     from neuron_lens.harvest.run import HarvestSettings, fitting_shape
     from neuron_lens.transformer import Transformer
 
+    autoencoders = [_autoencoder(arguments.sae)] if arguments.sae else []
     model = Transformer.load(arguments.model)
     return Pipeline(
         model=model.eval(),
@@ -90,7 +102,19 @@ def _pipeline(arguments: argparse.Namespace, corpus: Corpus, out: Path) -> Pipel
         settings=HarvestSettings(shape=fitting_shape(model), seed=arguments.seed),
         pages=not arguments.no_pages,
         progress=not arguments.quiet,
+        autoencoders=autoencoders,
     )
+
+
+def _autoencoder(path_or_name: str) -> Autoencoder:
+    """The autoencoder at a path, or the one that ships with a model of that name; computed in float32."""
+    import torch
+
+    from neuron_lens.autoencoders import load_autoencoder
+    from neuron_lens.cli.sae import shipped_autoencoder
+
+    path = Path(path_or_name)
+    return load_autoencoder(path if path.exists() else shipped_autoencoder(path_or_name), dtype=torch.float32)
 
 
 def corpus_of(paths: Sequence[str] | None) -> Corpus:
@@ -118,24 +142,31 @@ def _require_writable(out: Path) -> None:
                 folder.rmdir()
 
 
-def _neuron_numbers(arguments: argparse.Namespace) -> list[int] | None:
-    """The neurons named, or None when none are."""
-    if arguments.neuron is not None:
-        numbers = [arguments.neuron]
-    elif arguments.neurons is not None:
-        numbers = _parsed(arguments.neurons)
-    else:
-        numbers = None
+def _named(arguments: argparse.Namespace) -> tuple[str, list[int] | None]:
+    """The kind of unit, and the numbers named, None when none are."""
+    noun, numbers = ("latent", None) if arguments.sae else ("neuron", None)
+    for each in _NOUNS:
+        one, several = getattr(arguments, each), getattr(arguments, f"{each}s")
+        if one is not None or several is not None:
+            noun, numbers = each, [one] if several is None else _parsed(several, each)
+    if (noun == "latent") != bool(arguments.sae):
+        raise RequestError(
+            "latents are those of an autoencoder: say which with --sae PATH (or --sae pico)"
+            if noun == "latent"
+            else f"--sae goes with --latent or --latents, not with --{noun}"
+        )
+    if arguments.all and noun == "latent":
+        raise RequestError("--all means neurons; name latents as a range, such as --latents 0:256")
     for name, value in (
         ("--layer", arguments.layer),
-        ("a neuron", min(numbers, default=0) if numbers else 0),
+        (f"a {noun}", min(numbers, default=0) if numbers else 0),
     ):
         if value is not None and value < 0:
             raise RequestError(f"{name} is counted from 0; got {value}")
-    return numbers
+    return noun, numbers
 
 
-def _parsed(text: str) -> list[int]:
+def _parsed(text: str, noun: str) -> list[int]:
     """ "0:16" or "3,5,8" to numbers."""
     try:
         if ":" in text:
@@ -145,26 +176,34 @@ def _parsed(text: str) -> list[int]:
             numbers = [int(part) for part in text.split(",")]
     except ValueError:
         raise RequestError(
-            f"--neurons {text!r}: expected a range such as 0:16 or a list such as 3,5,8"
+            f"--{noun}s {text!r}: expected a range such as 0:16 or a list such as 3,5,8"
         ) from None
     if not numbers:
         raise RequestError(
-            f"--neurons {text!r} names no neuron: the end of a range is left out, as in Python"
+            f"--{noun}s {text!r} names no {noun}: the end of a range is left out, as in Python"
         )
     return list(dict.fromkeys(numbers))
 
 
-def _units(pipeline: Pipeline, layer: int | None, numbers: list[int] | None, everything: bool) -> list[Unit]:
-    from neuron_lens.records import Unit
-
-    config = pipeline.model.config
-    if everything:
-        layers = range(config.n_layers) if layer is None else [layer]
-        return [Unit(layer=each, index=index) for each in layers for index in range(config.d_mlp)]
-    if numbers is None:
-        return list(pipeline.default_units(layer))
+def _units(
+    pipeline: Pipeline, arguments: argparse.Namespace, noun: str, numbers: list[int] | None
+) -> tuple[Unit, ...]:
+    """The units asked for."""
+    config, layer = pipeline.model.config, arguments.layer
+    if noun == "latent":
+        width = pipeline.autoencoders[0].config.d_latent
+        spread = list(range(0, width, max(1, width // 8)))[:8]
+        units = pipeline.latents(spread if numbers is None else numbers)
+        if layer is not None and layer != units[0].layer:
+            raise RequestError(f"this autoencoder reads layer {units[0].layer}, not layer {layer}")
+        return units
     chosen = config.n_layers // 2 if layer is None else layer
-    return [Unit(layer=chosen, index=index) for index in numbers]
+    if noun == "head" and numbers is not None:
+        return pipeline.heads(chosen, numbers)
+    if arguments.all:
+        layers = range(config.n_layers) if layer is None else [layer]
+        return tuple(unit for each in layers for unit in pipeline.neurons(each, range(config.d_mlp)))
+    return pipeline.default_units(layer) if numbers is None else pipeline.neurons(chosen, numbers)
 
 
 def summary_table(result: RunResult, wanted: set[str], width: int = 110, limit: int = 40) -> str:

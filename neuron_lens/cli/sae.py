@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from neuron_lens.autoencoder_training import Evaluation, TrainingSettings
     from neuron_lens.transformer import Transformer
 
-__all__ = ["add", "run"]
+__all__ = ["add", "run", "shipped_autoencoder"]
 
 _OWN_SAE = "sae"  # folder of the autoencoder that ships with a model
 
@@ -119,7 +119,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from neuron_lens.autoencoders import load_autoencoder
     from neuron_lens.files.atomic import write_text_atomic
 
-    path = Path(arguments.sae) if arguments.sae else _shipped(arguments.model)
+    path = Path(arguments.sae) if arguments.sae else shipped_autoencoder(arguments.model)
     autoencoder = load_autoencoder(path, dtype=torch.float32)
     evaluation = evaluate_autoencoder(
         _model(arguments.model),
@@ -167,7 +167,7 @@ def _model(name: str) -> Transformer:
     return Transformer.load(name).eval()
 
 
-def _shipped(model: str) -> Path:
+def shipped_autoencoder(model: str) -> Path:
     """The autoencoder that ships with a model."""
     from neuron_lens.files.model_defs import model_defs_dir
 

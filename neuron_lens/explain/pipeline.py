@@ -12,52 +12,44 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 import neuron_lens
 from neuron_lens.errors import RequestError
-from neuron_lens.explain.features import FeatureSet
-from neuron_lens.explain.result import (
-    AblationEffect,
-    CausalEffect,
-    ModelFacts,
-    RunFacts,
-    RunResult,
-    TokenValue,
-    UnitResult,
-    UnitSummary,
-)
-from neuron_lens.explain.scores import mean_score
-from neuron_lens.explain.unit import ExplainedUnit, UnitWindows, explain_windows
+from neuron_lens.explain.result import ModelFacts, RunFacts, RunResult, UnitResult, UnitSummary
+from neuron_lens.explain.source_work import SourceWork
 from neuron_lens.files.atomic import write_text_atomic
 from neuron_lens.records import Unit
 
 if TYPE_CHECKING:
-    from neuron_lens.harvest.ablation import AblatedTokens
+    from neuron_lens.autoencoders import Autoencoder
     from neuron_lens.harvest.corpus import Corpus
-    from neuron_lens.harvest.run import HarvestSettings
-    from neuron_lens.harvest.shard import LayerHarvest
+    from neuron_lens.harvest.settings import HarvestSettings
+    from neuron_lens.harvest.sources import Direction, UnitSource
     from neuron_lens.transformer import Transformer
 
 __all__ = ["Pipeline"]
 
-_VERSION = 1  # of the method: raise it when results change for the same input
-_LISTED = 10  # promoted and suppressed tokens
-_ABLATED_WINDOWS = (4, 2)  # test windows the unit is ablated on: from the top, at random
+_VERSION = 2  # of the method: raise it when results change for the same input
+
+# What the units of one source share: kind, layer, site and dictionary.
+_SourceKey = tuple[str, int, str, str]
 
 
 @dataclass(eq=False)
 class Pipeline:
     """Explains units of one model on one corpus into one folder.
 
-    `pages`: also write an HTML page for every unit and an index. `progress`: show progress bars on stderr.
+    `units = pipeline.neurons(2, [17])`, or `heads`, `latents`, `directed`; then `pipeline.run(units)`.
+
+    `autoencoders` and `directions` are those whose units can be asked for. `pages`: also write an HTML page for
+    every unit and an index. `progress`: show progress bars on stderr.
     """
 
     model: Transformer
@@ -67,14 +59,16 @@ class Pipeline:
     settings: HarvestSettings | None = None
     pages: bool = True
     progress: bool = True
-    _layers: dict[int, _LayerWork] = field(default_factory=dict, init=False)
+    autoencoders: Sequence[Autoencoder] = ()
+    directions: Sequence[Direction] = ()
+    _work: dict[str, SourceWork] = field(default_factory=dict, init=False)  # by name of the source
+    _sources: dict[Unit, UnitSource] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        from neuron_lens.harvest.run import HarvestSettings, fitting_shape, model_fingerprint
+        from neuron_lens.harvest.settings import HarvestSettings, fitting_shape, model_fingerprint
+        from neuron_lens.harvest.sources import dictionary_of
 
         config = self.model.config
-        if config.mlp == "none" or not hasattr(self.model.blocks[0].mlp, "down"):
-            raise RequestError(f"this model's layers have no neurons to explain (its MLP is {config.mlp!r})")
         self.folder = Path(self.folder)
         self._settings = self.settings or HarvestSettings(shape=fitting_shape(self.model))
         self.model_facts = ModelFacts(
@@ -84,6 +78,7 @@ class Pipeline:
             d_mlp=config.d_mlp,
             fingerprint=model_fingerprint(self.model),
         )
+        self._dictionaries = {dictionary_of(each): each for each in self.autoencoders}
 
     def run(self, units: Sequence[Unit]) -> RunResult:
         """Explain the units, write everything, and return the index of the folder.
@@ -91,8 +86,7 @@ class Pipeline:
         Raises RequestError for units the model does not have, or a folder that cannot be written to. Units
         of the same run that the folder already holds stay in the index.
         """
-        self._check(units)
-        self._harvest(sorted({unit.layer for unit in units}))
+        self._harvest(self._check(units))
         summaries = self._finished()
         missing = [unit for unit in units if unit.name not in summaries]
         with tqdm(missing, desc="explaining", unit="unit", disable=not self.progress or not missing) as bar:
@@ -100,7 +94,7 @@ class Pipeline:
                 result = self.explain(unit)
                 self._write(result)
                 summaries[unit.name] = result.summary()
-        ordered = sorted(summaries.values(), key=lambda one: (one.unit.layer, one.unit.index))
+        ordered = sorted(summaries.values(), key=_order)
         run = RunResult(model=self.model_facts, run=self._run_facts, units=tuple(ordered))
         write_text_atomic(self.folder / "run.json", run.model_dump_json() + "\n")
         if self.pages:
@@ -111,11 +105,11 @@ class Pipeline:
 
     def explain(self, unit: Unit) -> UnitResult:
         """Everything about one unit, without writing it."""
-        layer = self._layers[unit.layer]
-        explained = layer.explained(unit.index)
-        partner = layer.explained(_partner(unit.index, self.model.config.d_mlp))
+        work = self._work[self._sources[unit].name]
+        explained = work.explained(unit.index)
+        partner = work.explained(work.partner(unit.index))
         seed = self._settings.seed
-        promoted, suppressed = layer.output_tokens(unit.index)
+        promoted, suppressed = work.output_tokens(unit.index)
         return UnitResult(
             model=self.model_facts,
             run=self._run_facts,
@@ -130,7 +124,7 @@ class Pipeline:
             test_windows=explained.shown_tests(),
             promoted=promoted,
             suppressed=suppressed,
-            causal=layer.causal(explained, seed),
+            causal=work.causal(explained, seed),
         )
 
     def default_units(self, layer: int | None = None, count: int = 8) -> tuple[Unit, ...]:
@@ -139,53 +133,137 @@ class Pipeline:
         config = self.model.config
         layer = config.n_layers // 2 if layer is None else layer
         places = np.linspace(0, config.d_mlp - 1, min(count, config.d_mlp)).astype(int)
-        return tuple(Unit(layer=layer, index=int(index)) for index in places)
+        return self.neurons(layer, [int(index) for index in places])
+
+    def neurons(self, layer: int, indices: Sequence[int]) -> tuple[Unit, ...]:
+        """Neurons of a layer."""
+        return tuple(Unit(layer=layer, index=index) for index in indices)
+
+    def heads(self, layer: int, indices: Sequence[int]) -> tuple[Unit, ...]:
+        """Attention heads of a layer."""
+        return tuple(Unit(kind="head", layer=layer, index=index, site="attn.v_out") for index in indices)
+
+    def latents(self, indices: Sequence[int], autoencoder: Autoencoder | None = None) -> tuple[Unit, ...]:
+        """Latents of one of the pipeline's autoencoders (which one must be said when there are several)."""
+        found = [
+            (name, each)
+            for name, each in self._dictionaries.items()
+            if autoencoder is None or each is autoencoder
+        ]
+        if len(found) != 1:
+            raise RequestError(
+                f"say which autoencoder: {len(found)} of the pipeline's {len(self._dictionaries)} fit; give "
+                "them as Pipeline(…, autoencoders=[…])"
+            )
+        name, chosen = found[0]
+        site = chosen.config.site_in
+        if site is None or site.layer is None:
+            raise RequestError(
+                "this autoencoder does not say which site and layer of a model it was made for"
+            )
+        return tuple(
+            Unit(kind="latent", layer=site.layer, index=index, site=site.path, dictionary=name)
+            for index in indices
+        )
+
+    def directed(self) -> tuple[Unit, ...]:
+        """The pipeline's directions as units."""
+        return tuple(
+            Unit(kind="direction", layer=each.layer, index=0, site=each.site, dictionary=each.dictionary)
+            for each in self.directions
+        )
 
     def results(self) -> Iterator[UnitResult]:
         """Every finished unit of this run in the folder, in order of layer and index."""
         for summary in RunResult.read(self.folder / "run.json").units:
             yield UnitResult.read(self.folder / summary.path / "result.json")
 
-    def _check(self, units: Sequence[Unit]) -> None:
-        config = self.model.config
+    def _check(self, units: Sequence[Unit]) -> list[UnitSource]:
+        """The sources of the units. Raises RequestError for a unit that does not exist, before any work."""
         if not units:
             raise RequestError("no units to explain: name at least one layer and neuron")
-        name = self.model_facts.name
+        groups: dict[_SourceKey, list[Unit]] = {}
         for unit in units:
-            if unit.layer >= config.n_layers:
-                last = config.n_layers - 1
-                raise RequestError(f"layer {unit.layer} does not exist: {name} has layers 0 to {last}")
-            if unit.index >= config.d_mlp:
-                last = config.d_mlp - 1
+            last = self.model.config.n_layers - 1
+            if unit.layer > last:
                 raise RequestError(
-                    f"neuron {unit.index} does not exist: {name} has 0 to {last} in every layer"
+                    f"layer {unit.layer} does not exist: {self.model_facts.name} has layers 0 to {last}"
                 )
-            if unit.kind != "neuron" or unit.site != "mlp.post_act":
+            groups.setdefault((unit.kind, unit.layer, unit.site, unit.dictionary), []).append(unit)
+        sources = []
+        for own in groups.values():
+            source = self._source(own)
+            beyond = [unit.index for unit in own if unit.index >= source.n_units]
+            if beyond:
                 raise RequestError(
-                    f"only neurons at mlp.post_act can be explained so far; got a {unit.kind} at {unit.site}"
+                    f"{source.kind} {beyond[0]} does not exist: {self.model_facts.name} has 0 to "
+                    f"{source.n_units - 1} in every layer"
                 )
+            self._sources |= dict.fromkeys(own, source)
+            sources.append(source)
+        return sources
 
-    def _harvest(self, layers: list[int]) -> None:
-        from neuron_lens.harvest.run import harvest_layers
+    def _source(self, units: Sequence[Unit]) -> UnitSource:
+        """Where units of one kind, layer, site and dictionary are read."""
+        from neuron_lens.harvest.sources import DirectionSource, HeadSource, LatentSource, NeuronSource
 
-        harvests = harvest_layers(
+        first = units[0]
+        expected = {"neuron": "mlp.post_act", "head": "attn.v_out"}.get(first.kind, first.site)
+        if first.site != expected:
+            raise RequestError(
+                f"{first.kind}s are explained at {expected}; got a {first.kind} at {first.site}"
+            )
+        source: UnitSource
+        if first.kind == "neuron":
+            source = NeuronSource(self.model, first.layer)
+        elif first.kind == "head":
+            source = HeadSource(self.model, first.layer)
+        elif first.kind == "latent":
+            if first.dictionary not in self._dictionaries:
+                raise RequestError(
+                    f"no autoencoder {first.dictionary!r} is known for {first}; give it as "
+                    "Pipeline(…, autoencoders=[…]) and name latents with pipeline.latents([…])"
+                )
+            source = LatentSource(
+                self.model,
+                self._dictionaries[first.dictionary],
+                [unit.index for unit in units],
+                dictionary=first.dictionary,
+            )
+        else:
+            known = {each.dictionary: each for each in self.directions}
+            if first.dictionary not in known:
+                raise RequestError(
+                    f"no direction {first.dictionary!r} is known; give it as Pipeline(…, directions=[…]) and "
+                    "name it with pipeline.directed()"
+                )
+            source = DirectionSource(self.model, known[first.dictionary])
+        if (source.site, source.layer) != (first.site, first.layer):
+            raise RequestError(
+                f"{first} at {first.site}: its {first.kind} source reads {source.site} of layer {source.layer}"
+            )
+        return source
+
+    def _harvest(self, sources: list[UnitSource]) -> None:
+        from neuron_lens.harvest.run import harvest
+
+        harvests = harvest(
             self.model,
             self.corpus,
-            layers,
+            sources,
             self.folder / "harvest",
             self._settings,
             fingerprint=self.model_facts.fingerprint,
             progress=self.progress,
         )
-        for layer, harvest in harvests.items():
-            if layer not in self._layers:
-                self._layers[layer] = _LayerWork(self.model, layer, harvest)
+        for source in sources:
+            if source.name not in self._work:
+                self._work[source.name] = SourceWork(source, harvests[source.name])
 
     @cached_property
     def _run_facts(self) -> RunFacts:
-        facts = next(iter(self._layers.values())).harvest.facts
-        settings = asdict(self._settings)
-        settings.pop("batch_rows")  # how the work is cut up changes nothing
+        facts = next(iter(self._work.values())).harvest.facts
+        settings = self._settings.plain()
         digest = hashlib.blake2b(json.dumps([_VERSION, settings]).encode(), digest_size=8)
         return RunFacts(
             package_version=neuron_lens.__version__,
@@ -230,99 +308,7 @@ class Pipeline:
         write_text_atomic(path, result.model_dump_json() + "\n")
 
 
-class _LayerWork:
-    """What the units of one layer share."""
-
-    def __init__(self, model: Transformer, layer: int, harvest: LayerHarvest) -> None:
-        self.model = model
-        self.layer = layer
-        self.harvest = harvest
-        # A unit and its control are each other's partners: both are asked for twice, close together.
-        self.explained = lru_cache(maxsize=4)(self._explain)
-
-    @cached_property
-    def features(self) -> FeatureSet:
-        return FeatureSet(self.harvest.windows)
-
-    @cached_property
-    def _logits(self) -> NDArray[np.float32]:
-        from neuron_lens.harvest.ablation import output_logits
-
-        return np.asarray(output_logits(self.model, self.layer).cpu().numpy())
-
-    def _explain(self, index: int) -> ExplainedUnit:
-        kept = self.harvest.unit(index)
-        held = UnitWindows.of(
-            self.harvest.windows,
-            kept.random_rows,
-            kept.random,
-            kept.top_rows,
-            kept.top,
-            kept.moments,
-            self.harvest.facts["n_tokens"],
-        )
-        unit = Unit(layer=self.layer, index=index)
-        return explain_windows(unit, held, self.features, self._logits[index])
-
-    def output_tokens(self, index: int) -> tuple[tuple[TokenValue, ...], tuple[TokenValue, ...]]:
-        """The tokens the unit's output weights raise and lower most."""
-        return self._extremes(self._logits[index].astype(np.float64))
-
-    def _extremes(self, values: NDArray[np.float64]) -> tuple[tuple[TokenValue, ...], tuple[TokenValue, ...]]:
-        texts = self.harvest.windows.token_texts
-        order = np.argsort(-values, kind="stable")
-        raised, lowered = (
-            tuple(
-                TokenValue(token=texts[token], id=int(token), value=float(f"{values[token]:.5g}"))
-                for token in chosen
-            )
-            for chosen in (order[:_LISTED], order[::-1][:_LISTED])
-        )
-        return raised, lowered
-
-    def causal(self, explained: ExplainedUnit, seed: int) -> CausalEffect:
-        """The unit replaced by its mean on some test windows, where it fires and where it is silent."""
-        from neuron_lens.harvest.ablation import ablate_where
-
-        test = explained.held.part("test")
-        falling = np.argsort(-test.largest(), kind="stable")
-        n_top, n_random = _ABLATED_WINDOWS
-        others = [i for i in np.flatnonzero(test.random) if i not in falling[:n_top]]
-        chosen = np.array([*falling[:n_top], *others[:n_random]], dtype=int)
-        mean = float(f"{explained.held.moments[0]:.6g}")
-        fires = (test.activations[chosen] > explained.firing_threshold) & test.mask[chosen]
-        silent = ~fires & test.mask[chosen]
-        rows = [int(row) for row in test.rows[chosen]]
-        firing, quiet = ablate_where(
-            self.model, self.layer, explained.unit.index, mean, self.harvest.windows, rows, [fires, silent]
-        )
-        return CausalEffect(
-            replaced_by="mean",
-            value=mean,
-            where_firing=self._effect(firing, seed),
-            where_silent=self._effect(quiet, seed),
-        )
-
-    def _effect(self, tokens: AblatedTokens, seed: int) -> AblationEffect:
-        n = int(tokens.n.sum())
-        weights = tokens.n.astype(np.float64)
-
-        def mean(values: NDArray[np.float64]) -> float | None:
-            return float(f"{(values * weights).sum() / n:.6g}") if n else None
-
-        raised, lowered = self._extremes(tokens.log_probability_change) if n else ((), ())
-        return AblationEffect(
-            n_positions=n,
-            loss_intact=mean(tokens.intact),
-            loss_ablated=mean(tokens.ablated),
-            loss_change=mean_score(tokens.ablated - tokens.intact, weights, len(weights), seed),
-            divergence=mean(tokens.divergence),
-            raised=raised,
-            lowered=lowered,
-        )
-
-
-def _partner(index: int, n_units: int) -> int:
-    """The unit whose explanation is the control: a neighbour, so that pairs serve each other."""
-    other = index ^ 1
-    return other if other < n_units else max(index - 1, 0)
+def _order(summary: UnitSummary) -> tuple[int, str, str, int]:
+    """Where a unit stands in the index: by layer, neurons first, then by index."""
+    unit = summary.unit
+    return (unit.layer, "" if unit.kind == "neuron" else unit.kind, unit.dictionary, unit.index)

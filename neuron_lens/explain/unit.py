@@ -6,9 +6,9 @@ exactly one part. Numpy only; the causal figure comes from outside.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,19 +21,28 @@ from neuron_lens.explain.token_statistics import Examples, FittedPredicate, fit_
 from neuron_lens.records import Histogram, QuantileStratum, TokenWindow, Unit, UnitStatistics
 from neuron_lens.windows import SPLITS, TextWindows
 
+if TYPE_CHECKING:
+    from neuron_lens.harvest.shard import UnitActivations
+
 __all__ = ["ExplainedUnit", "UnitWindows", "explain_windows"]
 
-FIRING_SHARE = 0.25  # a unit fires above this share of its largest activation on the training windows
+# A unit fires above this share of its range on the training windows, from 0 or, where it is always above 0
+# (the norm of what a head writes), from its smallest activation.
+FIRING_SHARE = 0.25
 BINS = 48
 SHOWN_TOP, SHOWN_QUANTILE, SHOWN_RANDOM = 6, 5, 5
 STRATA, SHOWN_IN_STRATUM = 5, 2
+NEAR_REASONS = ("similar", "same_token")  # as a harvest codes them
 _EXPLAINER = "token_statistics"
 
 
 @dataclass(frozen=True, eq=False)
 class UnitWindows:
-    """Distinct windows of one unit: `rows` of the layer's windows, `activations` `[window, length]`, and
-    which of them belong to the uniform sample and which to the unit's own top list."""
+    """Distinct windows of one unit: `rows` of the source's windows, `activations` `[window, length]`, and
+    which of them belong to the uniform sample, to the unit's own top list, and to the sample of those it
+    fires in (units silent almost everywhere). `near_rows` are rows of near misses with their reasons,
+    `partners` of heads how many tokens back the source token lies `[window, length]`; `bins` are the edges
+    between which all tokens of the corpus were counted, and the counts."""
 
     windows: TextWindows
     rows: NDArray[np.int32]
@@ -42,23 +51,30 @@ class UnitWindows:
     top: NDArray[np.bool_]
     moments: NDArray[np.float64]  # mean, variance, third and fourth central moment, minimum, maximum
     n_tokens: int
+    fired: NDArray[np.bool_]
+    near_rows: NDArray[np.int32]
+    near_reasons: NDArray[np.int32]
+    bins: tuple[NDArray[np.float64], NDArray[np.int64]]
+    partners: NDArray[np.int16] | None = None
 
     @classmethod
-    def of(
-        cls,
-        windows: TextWindows,
-        random_rows: NDArray[np.int32],
-        random: NDArray[np.float32],
-        top_rows: NDArray[np.int32],
-        top: NDArray[np.float32],
-        moments: NDArray[np.float64],
-        n_tokens: int,
-    ) -> UnitWindows:
-        """Join the uniform sample and the top list; a window in both appears once."""
-        rows, first = np.unique(np.concatenate([random_rows, top_rows]), return_index=True)
-        activations = np.concatenate([random, top])[first]
+    def of(cls, windows: TextWindows, kept: UnitActivations, n_tokens: int) -> UnitWindows:
+        """Join the uniform sample and the unit's own lists; a window in several appears once."""
+        lists = (kept.random_rows, kept.top_rows, kept.fired_rows)
+        rows, first = np.unique(np.concatenate(lists), return_index=True)
         return cls(
-            windows, rows, activations, np.isin(rows, random_rows), np.isin(rows, top_rows), moments, n_tokens
+            windows=windows,
+            rows=rows,
+            activations=np.concatenate([kept.random, kept.top, kept.fired])[first],
+            random=np.isin(rows, kept.random_rows),
+            top=np.isin(rows, kept.top_rows),
+            moments=kept.moments,
+            n_tokens=n_tokens,
+            fired=np.isin(rows, kept.fired_rows),
+            near_rows=kept.random_rows[kept.near_slots],
+            near_reasons=kept.near_reasons,
+            bins=(kept.histogram_edges, kept.histogram),
+            partners=None if kept.partners is None else kept.partners[first],
         )
 
     @property
@@ -77,14 +93,14 @@ class UnitWindows:
 
     def only(self, chosen: NDArray[np.bool_]) -> UnitWindows:
         """Some of the windows."""
-        return UnitWindows(
-            self.windows,
-            self.rows[chosen],
-            self.activations[chosen],
-            self.random[chosen],
-            self.top[chosen],
-            self.moments,
-            self.n_tokens,
+        return replace(
+            self,
+            rows=self.rows[chosen],
+            activations=self.activations[chosen],
+            random=self.random[chosen],
+            top=self.top[chosen],
+            fired=self.fired[chosen],
+            partners=None if self.partners is None else self.partners[chosen],
         )
 
     def examples(self) -> Examples:
@@ -97,7 +113,36 @@ class UnitWindows:
 
     def records(self, order: NDArray[np.int64]) -> tuple[TokenWindow, ...]:
         """Some windows as records."""
-        return tuple(self.windows.record(int(self.rows[i]), self.activations[i]) for i in order)
+        partners = self.partners
+        return tuple(
+            self.windows.record(
+                int(self.rows[i]), self.activations[i], partners=None if partners is None else partners[i]
+            )
+            for i in order
+        )
+
+    def near_misses(self, part: str, reason: str | None = None) -> tuple[TokenWindow, ...]:
+        """Windows of a part in which the unit is silent though it might have fired: a most similar unit fires
+        there ("similar"), or a token stands there on which it fires most elsewhere ("same_token")."""
+        inside = self.windows.split[self.near_rows] == SPLITS.index(part)
+        if reason is not None:
+            inside &= self.near_reasons == NEAR_REASONS.index(reason)
+        return self.records(np.searchsorted(self.rows, self.near_rows[inside]))
+
+    def density(self, threshold: float) -> float:
+        """The share of all tokens of the corpus above a threshold.
+
+        Tokens above the bin the threshold lies in are counted; of those inside it, the uniform sample says
+        which share is above.
+        """
+        edges, counts = self.bins
+        place = int(np.searchsorted(edges, threshold, side="right"))
+        low = edges[place - 1] if place else -np.inf
+        high = edges[place] if place < len(edges) else np.inf
+        sampled = self.activations[self.random[:, None] & self.mask]
+        inside = sampled[(sampled >= low) & (sampled < high)]
+        share = float((inside > threshold).mean()) if len(inside) else 0.0
+        return float((counts[place + 1 :].sum() + share * counts[place]) / max(self.n_tokens, 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +195,7 @@ class ExplainedUnit:
         )
 
     def statistics(self) -> UnitStatistics:
-        """Moments over all tokens; histogram and density over the uniform sample."""
+        """Moments and density over all tokens; histogram over the uniform sample."""
         mean, variance, third, fourth, low, high = (float(value) for value in self.held.moments)
         sample = self.held.only(self.held.random)
         values = sample.activations[sample.mask].astype(np.float64)
@@ -167,7 +212,7 @@ class ExplainedUnit:
             minimum=_rounded(low),
             maximum=_rounded(high),
             firing_threshold=self.firing_threshold,
-            density=float((values > self.firing_threshold).mean()) if len(values) else 0.0,
+            density=self.held.density(self.firing_threshold),
             histogram=Histogram(
                 edges=tuple(_rounded(e) for e in edges), counts=tuple(int(c) for c in counts)
             ),
@@ -184,9 +229,12 @@ class ExplainedUnit:
         return top.records(np.argsort(-top.largest(), kind="stable")[:SHOWN_TOP])
 
     def strata(self) -> tuple[QuantileStratum, ...]:
-        """Training windows of the uniform sample by the size of their largest activation, in equal counts."""
+        """Training windows by the size of their largest activation, in equal counts.
+
+        Those of the uniform sample; of a unit silent almost everywhere also those of the sample it fires in.
+        """
         train = self.held.part("train")
-        train = train.only(train.random)
+        train = train.only(train.random | train.fired)
         largest = train.largest()
         order = np.argsort(largest, kind="stable")
         bounds = np.linspace(0, len(order), STRATA + 1).astype(int)
@@ -235,7 +283,8 @@ def explain_windows(
     train, validation = held.part("train"), held.part("validation")
     fitted = fit_predicate(features.of_unit(logits), train.examples(), validation.examples())
     largest = float(train.examples().values.max(initial=0.0))
-    firing_threshold = max(_rounded(FIRING_SHARE * largest), 0.0)
+    smallest = max(float(train.examples().values.min(initial=largest)), 0.0)
+    firing_threshold = max(_rounded(smallest + FIRING_SHARE * (largest - smallest)), 0.0)
     predicted = np.broadcast_to(fitted.predict(validation.rows), validation.mask.shape)[validation.mask]
     true = validation.examples().values
     predicate = fitted.written()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,14 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from neuron_lens.harvest.run import model_inputs
-from neuron_lens.hooks import AtLayers, TransformerHooks
+from neuron_lens.harvest.settings import model_inputs
+from neuron_lens.harvest.sources import UnitSource
+from neuron_lens.hooks import TransformerHooks
 from neuron_lens.windows import ABSENT, TextWindows
 
 if TYPE_CHECKING:
     from neuron_lens.transformer import Transformer
 
-__all__ = ["AblatedTokens", "ablate_where", "output_logits", "window_inputs"]
+__all__ = ["AblatedTokens", "ablate_where", "window_inputs"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,25 +44,6 @@ class AblatedTokens:
     log_probability_change: NDArray[np.float64]
 
 
-def output_logits(model: Transformer, layer: int) -> Tensor:
-    """What each neuron's output weights add to the logits, `[d_mlp, d_vocab]`, through the final norm's
-    weight.
-
-    The logit lens of the weights (nostalgebraist 2020; Geva et al. 2022): centred over the vocabulary,
-    since a shift of all logits changes nothing.
-    """
-    block: Any = model.blocks[layer]
-    written = block.mlp.down.weight.detach().float().T  # [d_mlp, d_model]
-    gain = getattr(model.ln_f, "weight", None)
-    if model.config.norm == "layer":
-        written = written - written.mean(-1, keepdim=True)  # the norm takes the mean out
-    if gain is not None:
-        written = written * (gain.detach().float() + (1.0 if model.config.norm_offset else 0.0))
-    logits = written @ model.unembed.weight.detach().float().T
-    centred: Tensor = logits - logits.mean(-1, keepdim=True)
-    return centred
-
-
 def window_inputs(
     windows: TextWindows, rows: Sequence[int]
 ) -> tuple[list[NDArray[np.int32]], NDArray[np.int64]]:
@@ -77,20 +59,19 @@ def window_inputs(
 
 @torch.inference_mode()
 def ablate_where(
-    model: Transformer,
-    layer: int,
+    source: UnitSource,
     index: int,
     value: float,
     windows: TextWindows,
     rows: Sequence[int],
     masks: Sequence[NDArray[np.bool_]],
-    site: str = "mlp.post_act",
 ) -> list[AblatedTokens]:
-    """Replace the unit by `value` at the masked tokens of the windows, for every mask `[window, length]`
-    in turn.
+    """Replace a unit of a source by `value` at the masked tokens of the windows, for every mask
+    `[window, length]` in turn.
 
     The last token of a window that ends its document has no next token and is left out.
     """
+    model, layer = source.model, source.layer
     inputs, begins = window_inputs(windows, rows)
     tokens, pad, first = model_inputs(model, inputs)
     columns = first + torch.from_numpy(begins)[:, None] + torch.arange(windows.length)
@@ -107,21 +88,10 @@ def ablate_where(
         edited[
             torch.arange(len(tokens))[:, None].to(tokens.device).expand_as(columns)[chosen], columns[chosen]
         ] = True
-        hooks = _replacing(layer, index, value, edited, site)
+        hooks = source.replacing(index, value, edited)
         ablated = _log_probabilities(model, stream, pad, layer, hooks, columns)
         results.append(_compare(intact, ablated, target.to(tokens.device), counted))
     return results
-
-
-def _replacing(layer: int, index: int, value: float, where: Tensor, site: str) -> TransformerHooks:
-    def replace(x: Tensor) -> Tensor:
-        x = x.clone()
-        x[..., index] = torch.where(
-            where, torch.as_tensor(value, dtype=x.dtype, device=x.device), x[..., index]
-        )
-        return x
-
-    return TransformerHooks().append_to_path(f"{site}.fwd", AtLayers(layer).append(replace))
 
 
 def _log_probabilities(

@@ -152,12 +152,27 @@ class Corpus:
         name = name or ", ".join(str(path) for path in paths)
         return cls(name, lambda: (document for file in files for document in _documents(file)))
 
-    def rows(self, tokenizer: TextTokenizer, shape: WindowShape, seed: int = 0) -> Iterator[Row]:
-        """All rows of all documents, in order."""
+    def rows(
+        self,
+        tokenizer: TextTokenizer,
+        shape: WindowShape,
+        seed: int = 0,
+        documents: range | None = None,
+        begin: tuple[int, int] = (0, 0),
+    ) -> Iterator[Row]:
+        """The rows of all documents, or of a range of them, in order, from row `begin` on (document, start).
+
+        Documents before that are read, not tokenised.
+        """
         for index, document in enumerate(self):
-            yield from cut(
-                index, np.asarray(tokenizer.encode(document.text, bos=False), dtype=np.int32), shape, seed
-            )
+            if documents is not None and index >= documents.stop:
+                return
+            if index < begin[0] or (documents is not None and index not in documents):
+                continue
+            ids = np.asarray(tokenizer.encode(document.text, bos=False), dtype=np.int32)
+            for row in cut(index, ids, shape, seed):
+                if (index, row.start) >= begin:
+                    yield row
 
 
 def cut(document: int, ids: IntArray, shape: WindowShape, seed: int = 0) -> Iterator[Row]:

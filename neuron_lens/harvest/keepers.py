@@ -1,9 +1,9 @@
-"""What is kept of a stream of activations, for all units of a layer at once, in bounded memory.
+"""What is kept of a stream of activations, for many units at once, in bounded memory: windows.
 
 Each keeper takes batches of windows `[window, length, unit]`; what it holds depends on the number of
 units and of kept windows, never on the number of tokens. Every choice is a function of the windows'
 contents and places alone, so that the order of batches does not matter and two keepers of the same stream
-cut in two can be merged.
+cut in two can be merged. `state` is everything a keeper holds, as tensors; `load` takes it back.
 """
 
 from __future__ import annotations
@@ -13,133 +13,206 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "TopWindows", "UniformSample", "WindowBatch"]
+__all__ = ["State", "TopWindows", "UniformSample", "WindowBatch", "fired_scores"]
+
+State = dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class WindowBatch:
     """Windows of one batch: `activations` `[window, length, unit]`, `mask` `[window, length]` True where
-    there is a token, and for every window its identity `place` (one integer) and a hash `priority` of
-    it."""
+    there is a token (activations are 0 where there is none), for every window its identity `place` (one
+    integer) and a hash `priority` of it, and `partners` like activations, int16, for units that have them."""
 
     activations: Tensor
     mask: Tensor
     place: Tensor
     priority: Tensor
+    partners: Tensor | None = None
 
-    def select(self, windows: Tensor) -> WindowBatch:
-        """Some of the windows."""
-        return WindowBatch(
-            self.activations[windows], self.mask[windows], self.place[windows], self.priority[windows]
-        )
+    def largest(self) -> Tensor:
+        """The largest activation of every unit in every window `[window, unit]`, float32."""
+        largest = self.activations.amax(1)
+        short = (~self.mask.all(1)).nonzero()[:, 0]
+        if len(short):
+            hidden = ~self.mask[short][:, :, None]
+            largest[short] = self.activations[short].masked_fill(hidden, -torch.inf).amax(1)
+        return largest.float()
 
 
-class Moments:
-    """Number, extremes and the first four power sums of each unit's activation, about a fixed point.
-
-    The point is the mean of the first batch: sums about it do not cancel. Sums are float64.
-    """
-
-    def __init__(self) -> None:
-        self.n = 0
-        self.shift = torch.zeros(0)
-        self.sums = torch.zeros(0)
-        self.low = torch.zeros(0)
-        self.high = torch.zeros(0)
-
-    def update(self, batch: WindowBatch) -> None:
-        """Take a batch's tokens in."""
-        values = batch.activations.flatten(0, 1)
-        if not batch.mask.all():
-            values = values[batch.mask.flatten()]
-        values = values.float()
-        if self.n == 0:
-            self.shift = values.mean(0)
-            self.sums = torch.zeros(4, values.shape[1], dtype=torch.float64, device=values.device)
-            self.low, self.high = (
-                torch.full_like(self.shift, torch.inf),
-                torch.full_like(self.shift, -torch.inf),
-            )
-        self.n += len(values)
-        low, high = values.aminmax(dim=0)
-        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
-        centred = values - self.shift
-        square = centred * centred
-        self.sums[0] += centred.sum(0)
-        self.sums[1] += square.sum(0)
-        self.sums[2] += (square * centred).sum(0)
-        self.sums[3] += square.square_().sum(0)
-
-    def central(self) -> Tensor:
-        """Mean, variance, third and fourth central moment, `[4, unit]`, float64."""
-        a1, a2, a3, a4 = self.sums / max(self.n, 1)
-        variance = (a2 - a1**2).clamp(min=0)
-        third = a3 - 3 * a1 * a2 + 2 * a1**3
-        fourth = a4 - 4 * a1 * a3 + 6 * a1**2 * a2 - 3 * a1**4
-        return torch.stack([self.shift.double() + a1, variance, third, fourth.clamp(min=0)])
+def fired_scores(batch: WindowBatch, largest: Tensor) -> Tensor:
+    """Scores whose top is a uniform sample of the windows in which a unit fires (is above 0) `[window, unit]`."""
+    uniform = 1.0 - batch.priority.double() / 2.0**63
+    drawn = uniform.float().to(largest.device)[:, None].expand_as(largest)
+    return torch.where(largest > 0, drawn, -torch.inf)
 
 
 class TopWindows:
-    """For each unit, the `count` windows with the largest activation.
+    """For each unit, the `count` windows of the largest score; of equal ones those that come first in the
+    corpus.
 
-    `score` and `place` are `[count, unit]` in falling order (places -1 while there are fewer windows),
-    `activations` `[count, unit, length]` in float16.
+    `score` and `place` are `[count, unit]` in no order (-inf and -1 while there are fewer windows),
+    `activations` `[count, unit, length]` in float16, `partners` the same in int16 or None. A window's slot
+    never changes: only what leaves is written over.
     """
 
-    def __init__(self, count: int, n_units: int, length: int, device: torch.device) -> None:
+    def __init__(
+        self, count: int, n_units: int, length: int, device: torch.device, has_partners: bool = False
+    ) -> None:
         self.count = count
         self.score = torch.full((count, n_units), -torch.inf, device=device)
         self.place = torch.full((count, n_units), -1, dtype=torch.long, device=device)
         self.activations = torch.zeros(count, n_units, length, dtype=torch.float16, device=device)
+        self.partners = torch.zeros_like(self.activations, dtype=torch.int16) if has_partners else None
 
-    def update(self, batch: WindowBatch, largest: Tensor) -> None:
-        """Take a batch in; `largest` `[window, unit]` is every window's largest activation."""
-        if not len(largest):
+    def update(self, batch: WindowBatch, score: Tensor) -> None:
+        """Take a batch in; `score` `[window, unit]` says what is kept (-inf: nothing is)."""
+        if not len(score) or not self.count:
             return
-        # Windows that enter no unit's list are the rule once the lists are full: leave them out of the sort.
-        entering = (largest > self.score[-1]).any(1).nonzero()[:, 0]
-        if not len(entering):
+        # Once the lists are full, few windows enter few units' lists: only those are sorted.
+        beating = (score >= self.score.amin(0)) & (score > -torch.inf)
+        windows, units = beating.any(1).nonzero()[:, 0], beating.any(0).nonzero()[:, 0]
+        if not len(windows):
             return
-        candidates = largest[entering].to(self.score.dtype)
-        self.score, order = torch.cat([self.score, candidates]).topk(self.count, dim=0)
-        places = batch.place.to(order.device)[entering][:, None].expand(-1, order.shape[1])
-        self.place = torch.cat([self.place, places]).gather(0, order)
-        old = order.clamp(max=self.count - 1)
-        self.activations = self.activations.gather(
-            0, old[:, :, None].expand(-1, -1, self.activations.shape[2])
+        candidates = torch.where(beating[windows][:, units], score[windows][:, units], -torch.inf)
+        places = batch.place.to(score.device)[windows][:, None].expand_as(candidates)
+        unit, slot, candidate = self._exchange(units, candidates, places)
+        window = windows[candidate]
+        own = (slot, units[unit])
+        self.score[own], self.place[own] = candidates[candidate, unit], places[candidate, unit]
+        self.activations[own] = batch.activations[window, :, units[unit]].half()
+        if self.partners is not None:
+            assert batch.partners is not None, "units with partners bring them in every batch"
+            self.partners[own] = batch.partners[window, :, units[unit]]
+
+    def _exchange(self, units: Tensor, candidates: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which candidates go into which slots: places among `units`, slots, places among candidates."""
+        scores = torch.cat([self.score[:, units], candidates])
+        ordered = torch.cat([self.place[:, units], places]).argsort(dim=0)
+        falling = scores.gather(0, ordered).argsort(dim=0, descending=True, stable=True)
+        kept = torch.zeros_like(scores, dtype=torch.bool)
+        kept.scatter_(0, ordered.gather(0, falling[: self.count]), True)
+        kept &= scores > -torch.inf
+        # Of each unit as many slots are left as candidates come in; slots that were empty are left first.
+        free = ~kept[: self.count]
+        unit, candidate = kept[self.count :].T.nonzero(as_tuple=True)
+        coming = kept[self.count :].sum(0)
+        nth = free.cumsum(0)  # the how-manieth free slot of its unit each free slot is, from 1
+        leaving = (free & (nth <= coming)).T.nonzero()[:, 1]
+        return unit, leaving, candidate
+
+    def merge(self, other: TopWindows) -> None:
+        """Take in what another keeper of other windows holds."""
+        for slot in range(other.count):
+            self._merge_one(other, slot)
+
+    def _merge_one(self, other: TopWindows, slot: int) -> None:
+        units = (other.score[slot] > -torch.inf).nonzero()[:, 0]
+        if not len(units) or not self.count:
+            return
+        unit, leaving, _ = self._exchange(
+            units, other.score[slot, units][None], other.place[slot, units][None]
         )
-        slot, unit = (order >= self.count).nonzero(as_tuple=True)
-        window = entering[order[slot, unit] - self.count]
-        self.activations[slot, unit] = batch.activations[window, :, unit].half()
+        own, theirs = (leaving, units[unit]), (slot, units[unit])
+        self.score[own], self.place[own] = other.score[theirs], other.place[theirs]
+        self.activations[own] = other.activations[theirs]
+        if self.partners is not None and other.partners is not None:
+            self.partners[own] = other.partners[theirs]
+
+    def sorted(self) -> TopWindows:
+        """The same windows in falling order of score, those of equal score in order of the corpus."""
+        ordered = self.place.argsort(dim=0)
+        order = ordered.gather(0, self.score.gather(0, ordered).argsort(dim=0, descending=True, stable=True))
+        wide = order[:, :, None].expand_as(self.activations)
+        fallen = TopWindows(self.count, 0, 0, self.score.device)
+        fallen.score, fallen.place = self.score.gather(0, order), self.place.gather(0, order)
+        fallen.activations = self.activations.gather(0, wide)
+        fallen.partners = None if self.partners is None else self.partners.gather(0, wide)
+        return fallen
+
+    def state(self) -> State:
+        """Everything held."""
+        held = {"score": self.score, "place": self.place, "activations": self.activations}
+        return held if self.partners is None else {**held, "partners": self.partners}
+
+    def load(self, state: State) -> None:
+        """Take a state back."""
+        device = self.score.device
+        self.score, self.place = state["score"].to(device), state["place"].to(device)
+        self.activations = state["activations"].to(device)
+        self.partners = state["partners"].to(device) if "partners" in state else None
 
 
 class UniformSample:
     """The `count` windows of smallest hash, which is a uniform sample without replacement, shared by all
     units.
 
-    `place` and `priority` are `[count]`, `activations` `[count, length, unit]` in float16.
+    `place` and `priority` are `[count]`, `activations` `[count, length, unit]` in float16, `partners` the
+    same in int16 or None.
     """
 
-    def __init__(self, count: int, n_units: int, length: int, device: torch.device) -> None:
+    def __init__(
+        self, count: int, n_units: int, length: int, device: torch.device, has_partners: bool = False
+    ) -> None:
         self.count = count
         self.place = torch.full((count,), -1, dtype=torch.long)
         self.priority = torch.full((count,), torch.iinfo(torch.long).max, dtype=torch.long)
         self.activations = torch.zeros(count, length, n_units, dtype=torch.float16, device=device)
+        self.partners = torch.zeros_like(self.activations, dtype=torch.int16) if has_partners else None
 
-    def update(self, batch: WindowBatch) -> None:
-        """Take a batch in."""
-        order = torch.cat([self.priority, batch.priority]).argsort(stable=True)[: self.count]
-        entering = order[order >= self.count] - self.count
-        leaving = torch.ones(self.count, dtype=torch.bool)
-        leaving[order[order < self.count]] = False
-        slots = leaving.nonzero()[:, 0]
+    def update(self, batch: WindowBatch, windows: Tensor | None = None) -> None:
+        """Take a batch in, or some of its windows."""
+        windows = torch.arange(len(batch.place)) if windows is None else windows
+        slots, entering = entering_slots(self.place, self.priority, batch.priority[windows], self.count)
+        if not len(slots):
+            return
+        entering = windows[entering]
         self.place[slots] = batch.place[entering]
         self.priority[slots] = batch.priority[entering]
         device = self.activations.device
         self.activations[slots.to(device)] = batch.activations[entering.to(device)].half()
+        if self.partners is not None:
+            assert batch.partners is not None, "units with partners bring them in every batch"
+            self.partners[slots.to(device)] = batch.partners[entering.to(device)]
 
-    def sorted(self) -> tuple[Tensor, Tensor]:
-        """Places `[n]` and activations `[n, length, unit]` of what is held, by place."""
+    def merge(self, other: UniformSample) -> None:
+        """Take in what another sample of other windows holds."""
+        held = (other.place >= 0).nonzero()[:, 0]
+        device = other.activations.device
+        self.update(
+            WindowBatch(
+                other.activations[held.to(device)],
+                torch.ones(len(held), 0, dtype=torch.bool),
+                other.place[held],
+                other.priority[held],
+                None if other.partners is None else other.partners[held.to(device)],
+            )
+        )
+
+    def sorted(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Places `[n]`, activations and partners `[n, length, unit]` of what is held, by place."""
         held = (self.place >= 0).nonzero()[:, 0]
         held = held[self.place[held].argsort()]
-        return self.place[held], self.activations[held.to(self.activations.device)]
+        own = held.to(self.activations.device)
+        return self.place[held], self.activations[own], None if self.partners is None else self.partners[own]
+
+    def state(self) -> State:
+        """Everything held."""
+        held = {"place": self.place, "priority": self.priority, "activations": self.activations}
+        return held if self.partners is None else {**held, "partners": self.partners}
+
+    def load(self, state: State) -> None:
+        """Take a state back."""
+        device = self.activations.device
+        self.place, self.priority = state["place"], state["priority"]
+        self.activations = state["activations"].to(device)
+        self.partners = state["partners"].to(device) if "partners" in state else None
+
+
+def entering_slots(place: Tensor, priority: Tensor, coming: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Which slots of a sample are written over by which of the windows that come, by their hashes."""
+    order = torch.cat([priority, coming]).argsort(stable=True)[:count]
+    entering = order[order >= count] - count
+    leaving = torch.ones(count, dtype=torch.bool)
+    leaving[order[order < count]] = False
+    return leaving.nonzero()[:, 0], entering

@@ -215,7 +215,7 @@ def test_splits_of_the_harvest_follow_the_rows(run: tuple[Path, RunResult]) -> N
     [
         (Unit(layer=1, index=0), "layer 1 does not exist"),
         (Unit(layer=0, index=4), "neuron 4 does not exist"),
-        (Unit(kind="head", layer=0, index=0, site="attn.v_out"), "only neurons"),
+        (Unit(kind="head", layer=0, index=2, site="attn.v_out"), "head 2 does not exist"),
     ],
 )
 def test_units_that_do_not_exist_are_refused_before_any_work(

@@ -1,0 +1,144 @@
+"""All keepers of one source: windows and figures of every unit, in ranges of units.
+
+A wide source is taken in a range of units at a time, so that no batch of it is ever dense as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuron_lens.harvest.cutter import Cutter
+from neuron_lens.harvest.keepers import State, TopWindows, UniformSample, WindowBatch, fired_scores
+from neuron_lens.harvest.settings import HarvestSettings
+from neuron_lens.harvest.sources import Caught, UnitSource
+from neuron_lens.harvest.sparse_sample import SparseSample
+from neuron_lens.harvest.statistics import LogHistogram, Moments, tokens_of
+from neuron_lens.windows import SPLITS
+
+__all__ = ["RangeKeepers", "SourceKeepers"]
+
+_UNITS_AT_ONCE = 4096
+_NUMBERS_AT_ONCE = 2**18  # activations whose sums are taken together: about what a core's cache holds
+
+
+class RangeKeepers:
+    """Everything kept of a range of units, one keeper a part of the corpus where they hold windows."""
+
+    def __init__(
+        self, n_units: int, source: UnitSource, settings: HarvestSettings, device: torch.device
+    ) -> None:
+        length = settings.shape.length
+        self.moments = Moments()
+        self.histogram = LogHistogram(n_units, device)
+
+        def lists(counts: tuple[int, int, int]) -> list[TopWindows]:
+            return [TopWindows(count, n_units, length, device, source.has_partners) for count in counts]
+
+        self.top = lists(settings.top)
+        self.fired = lists(settings.fired) if source.is_sparse else []
+        self.random: list[UniformSample] | list[SparseSample]
+        if source.is_sparse:
+            self.random = [SparseSample(count, device) for count in settings.random]
+        else:
+            self.random = [
+                UniformSample(count, n_units, length, device, source.has_partners)
+                for count in settings.random
+            ]
+
+    def update(self, batch: WindowBatch, split: Tensor) -> None:
+        """Take a batch in; `split` `[window]` says which part each window belongs to."""
+        n, length, n_units = batch.activations.shape
+        step = max(1, _NUMBERS_AT_ONCE // (length * n_units))
+        for start in range(0, n, step):
+            values = tokens_of(batch, slice(start, start + step))
+            self.histogram.update(values)
+            self.moments.update(values)
+        largest = batch.largest()
+        for code in range(len(SPLITS)):
+            inside = split == code
+            if not inside.any():
+                continue
+            elsewhere = ~inside.to(largest.device)[:, None]
+            score = largest.masked_fill(elsewhere, -torch.inf)
+            if self.fired:  # silence is no activation
+                score = torch.where(score > 0, score, -torch.inf)
+                self.fired[code].update(batch, fired_scores(batch, score))
+            self.top[code].update(batch, score)
+            self.random[code].update(batch, inside.nonzero()[:, 0])
+
+    def merge(self, other: RangeKeepers) -> None:
+        """Take in what was kept of other documents."""
+        for own, theirs in zip(self._keepers(), other._keepers(), strict=True):
+            own[1].merge(theirs[1])
+
+    def state(self) -> State:
+        """Everything held, by name."""
+        return {
+            f"{name}.{key}": value
+            for name, keeper in self._keepers()
+            for key, value in keeper.state().items()
+        }
+
+    def load(self, state: State) -> None:
+        """Take a state back."""
+        for name, keeper in self._keepers():
+            start = f"{name}."
+            keeper.load(
+                {key.removeprefix(start): held for key, held in state.items() if key.startswith(start)}
+            )
+
+    def _keepers(self) -> Iterator[tuple[str, Any]]:
+        yield "moments", self.moments
+        yield "histogram", self.histogram
+        for name, keepers in (("top", self.top), ("fired", self.fired), ("random", self.random)):
+            for code, keeper in enumerate(keepers):
+                yield f"{name}{code}", keeper
+
+
+class SourceKeepers:
+    """Everything kept of one source; `ranges` are its units in order."""
+
+    def __init__(self, source: UnitSource, settings: HarvestSettings, device: torch.device) -> None:
+        n_units = len(source.indices)
+        self.bounds = [
+            (first, min(first + _UNITS_AT_ONCE, n_units)) for first in range(0, n_units, _UNITS_AT_ONCE)
+        ]
+        self.ranges = [RangeKeepers(last - first, source, settings, device) for first, last in self.bounds]
+
+    def update(self, caught: Caught, cutter: Cutter) -> None:
+        """Take what a source caught in a batch."""
+        for (first, last), keepers in zip(self.bounds, self.ranges, strict=True):
+            activations = caught.columns(first, last)
+            batch = WindowBatch(
+                activations,
+                cutter.mask.to(activations.device),
+                cutter.place,
+                cutter.priority,
+                caught.partners(first, last),
+            )
+            keepers.update(batch, cutter.split)
+
+    def merge(self, other: SourceKeepers) -> None:
+        """Take in what was kept of other documents."""
+        for own, theirs in zip(self.ranges, other.ranges, strict=True):
+            own.merge(theirs)
+
+    def state(self) -> State:
+        """Everything held, by name."""
+        return {
+            f"{place}.{key}": value
+            for place, keepers in enumerate(self.ranges)
+            for key, value in keepers.state().items()
+        }
+
+    def load(self, state: State) -> None:
+        """Take a state back."""
+        for place, keepers in enumerate(self.ranges):
+            start = f"{place}."
+            keepers.load(
+                {key.removeprefix(start): held for key, held in state.items() if key.startswith(start)}
+            )
