@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -30,6 +31,8 @@ __all__ = [
 ]
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
+
+_IN_NUMBER = re.compile(r"-|\.|[eE][+-]?")  # what is left of a number that is cut off where it may not end
 
 
 class ForeignRecord(BaseModel):
@@ -78,7 +81,7 @@ def parse_json(text: str | bytes, place: str) -> Any:
     try:
         return json.loads(text, parse_constant=constant)
     except json.JSONDecodeError as error:
-        cut = " (it ends early: the file is cut off)" if error.pos >= len(error.doc.rstrip()) else ""
+        cut = " (it ends early: the file is cut off)" if _is_cut_off(error) else ""
         where = (
             f"character {error.colno}" if "line" in place else f"line {error.lineno}, character {error.colno}"
         )
@@ -99,6 +102,15 @@ def validate(kind: type[AnyModel], value: Any, place: str) -> AnyModel:
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         message = errors[0]["msg"].removeprefix("Value error, ")
         raise RequestError(f"{place} is not a {kind.__name__}: {field}: {message}{more}") from None
+
+
+def _is_cut_off(error: json.JSONDecodeError) -> bool:
+    """Whether what the parser stumbled over is the end of the text, in the middle of a value."""
+    rest = error.doc[error.pos :].strip()
+    in_literal = any(literal.startswith(rest) for literal in ("true", "false", "null", "NaN"))
+    in_escape = error.msg.startswith("Invalid \\u") and len(rest) < len("\\u0000")
+    in_string = in_escape or error.msg.startswith("Unterminated string")
+    return in_literal or in_string or _IN_NUMBER.fullmatch(rest) is not None
 
 
 def _read_text(path: Path | str) -> str:

@@ -278,3 +278,11 @@ def test_every_class_has_an_example_here() -> None:
     drawn |= {ScoredExplanation, ScoredSimulation, ScoredSequenceSimulation, AttentionSimulation}
     drawn |= {ScoredAttentionSimulation, ScoredAttentionExplanation}
     assert drawn == set(KINDS)
+
+
+@given(neuron_records, st.data())
+def test_a_file_cut_anywhere_is_an_error_that_names_it(record: NeuronRecord, data: st.DataObject) -> None:
+    text = dumps(record)
+    cut = data.draw(st.integers(1, len(text) - 1))
+    with pytest.raises(RequestError, match=r"the file is not JSON at line 1, character \d+: .*cut off"):
+        loads(text[:cut], place="the file")
