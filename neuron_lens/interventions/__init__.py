@@ -1,7 +1,8 @@
 """Interventions as data, sweeps over them, patching and attribution.
 
 Reading order: tensors, places, declared, kinds, apply, store, runs; metrics, grid, sweep_plan, sweep_run,
-sweep; patching; gradients, attribution; circuits; path_patching, direct_paths.
+sweep; gradients, attribution; circuits; path_patching, direct_paths; patch_setters, patch_sources, generic_patching,
+patching.
 """
 
 from neuron_lens.interventions.apply import capture, mean_activations, to_hooks
@@ -24,6 +25,7 @@ from neuron_lens.interventions.direct_paths import (
     get_act_patch_direct_path,
     get_act_patch_direct_path_all_sources,
 )
+from neuron_lens.interventions.generic_patching import generic_activation_patch
 from neuron_lens.interventions.gradients import grad_at, jacobian_rows, jvp_at, vjp_at
 from neuron_lens.interventions.grid import Grid, grid
 from neuron_lens.interventions.kinds import (
@@ -50,7 +52,7 @@ from neuron_lens.interventions.metrics import (
     TokenProbability,
     TokenRank,
 )
-from neuron_lens.interventions.patching import generic_activation_patch
+from neuron_lens.interventions.patching_result import PatchingResult
 from neuron_lens.interventions.path_patching import Receiver, Sender, path_patch
 from neuron_lens.interventions.places import PerRow, Span, TokenText
 from neuron_lens.interventions.runs import RecordedRun, Replay, record, replay
@@ -80,6 +82,7 @@ __all__ = [
     "Metric",
     "OfLogits",
     "Patch",
+    "PatchingResult",
     "PerRow",
     "ProjectOut",
     "Receiver",

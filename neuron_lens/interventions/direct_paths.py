@@ -10,7 +10,7 @@ from torch import Tensor
 
 from neuron_lens.errors import RequestError
 from neuron_lens.interventions.metrics import Metric, bind_metrics
-from neuron_lens.interventions.patching import needed_activations, same_length
+from neuron_lens.interventions.patch_sources import needed_activations, same_length
 from neuron_lens.interventions.path_patching import (
     Receiver,
     Sender,
@@ -33,8 +33,8 @@ V_OUT = "attn.v_out"
 def get_act_patch_direct_path(
     model: Transformer,
     corrupted_tokens: Tensor,
-    clean: Mapping[Any, Tensor] | Tensor,
-    metric: AnyMetric,
+    clean_cache: Mapping[Any, Tensor] | Tensor,
+    patching_metric: AnyMetric,
     src_layer: int,
     src_head: int,
     component: Component = "q",
@@ -45,7 +45,7 @@ def get_act_patch_direct_path(
     Layers up to the source's hold the metric of the corrupted run: no path leads there.
 
     Args:
-        corrupted_tokens: [batch, pos]. clean: the clean run's activations, which hold "z" of the source's layer; or the
+        corrupted_tokens: [batch, pos]. clean_cache: the clean run's activations, which hold "z" of the source's layer; or the
             clean tokens [batch, pos].
         options: those of `sweep`.
 
@@ -61,10 +61,12 @@ def get_act_patch_direct_path(
     with_heads = [
         [Receiver(part=component, layer=layer, head=head)] for layer in later for head in range(heads)
     ]
-    differences = {sender: _difference(model, corrupted_tokens, clean, sender, options.get("pad"))}
+    differences = {sender: _difference(model, corrupted_tokens, clean_cache, sender, options.get("pad"))}
     if not with_heads:  # the last layer has no later heads: only the corrupted run's metric is left
-        return torch.full((config.n_layers, heads), _baseline(model, corrupted_tokens, metric, options))
-    result = patch_paths(model, corrupted_tokens, differences, with_heads, metric, **options)
+        return torch.full(
+            (config.n_layers, heads), _baseline(model, corrupted_tokens, patching_metric, options)
+        )
+    result = patch_paths(model, corrupted_tokens, differences, with_heads, patching_metric, **options)
     table = torch.full((config.n_layers, heads), result.baseline())
     table[src_layer + 1 :] = result.values().view(len(later), heads)
     return table
@@ -97,15 +99,17 @@ def _baseline(model: Transformer, tokens: Tensor, metric: AnyMetric, options: Ma
 def get_act_patch_direct_path_all_sources(
     model: Transformer,
     corrupted_tokens: Tensor,
-    clean: Mapping[Any, Tensor] | Tensor,
-    metric: AnyMetric,
+    clean_cache: Mapping[Any, Tensor] | Tensor,
+    patching_metric: AnyMetric,
     component: Component = "q",
     **options: Any,
 ) -> Tensor:
     """`get_act_patch_direct_path` from every head. [source layer, source head, layer, head or kv_head]"""
     config = model.config
     tables = [
-        get_act_patch_direct_path(model, corrupted_tokens, clean, metric, layer, head, component, **options)
+        get_act_patch_direct_path(
+            model, corrupted_tokens, clean_cache, patching_metric, layer, head, component, **options
+        )
         for layer in range(config.n_layers)
         for head in range(config.n_heads)
     ]

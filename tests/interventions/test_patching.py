@@ -11,7 +11,14 @@ from torch import Tensor
 
 from neuron_lens.errors import RequestError
 from neuron_lens.hooks import AtLayers, TransformerHooks
-from neuron_lens.interventions import LogitDifference, capture, patching
+from neuron_lens.interventions import (
+    CrossEntropy,
+    LogitDifference,
+    PatchingResult,
+    SweepResult,
+    capture,
+    patching,
+)
 from neuron_lens.transformer import Transformer
 from tests.interventions.models import everything, prompts, tiny_model
 
@@ -102,15 +109,96 @@ def test_any_setter_and_any_rows() -> None:
         return patching.layer_pos_patch_setter(corrupted, index, clean)
 
     arguments = (model, corrupted, clean, METRIC, own, "resid_pre")
-    torch.testing.assert_close(
-        patching.generic_activation_patch(*arguments, ("layer", "pos")).values(), known.values()
-    )
-    rows = patching.generic_activation_patch(*arguments, index=[(2, 1), (0, 4)])
-    torch.testing.assert_close(rows.values(), known.values()[[2, 0], [1, 4]])
+    torch.testing.assert_close(patching.generic_activation_patch(*arguments, ("layer", "pos")), known)
+    rows = patching.generic_activation_patch(*arguments, index_df=[(2, 1), (0, 4)])
+    torch.testing.assert_close(rows, known[[2, 0], [1, 4]])
     with pytest.raises(RequestError, match="give index_axis_names"):
         patching.generic_activation_patch(*arguments)
     with pytest.raises(RequestError, match="did you mean 'resid_pre'"):
         patching.generic_activation_patch(*arguments[:5], "residpre", ("layer", "pos"))
+    with pytest.raises(RequestError, match="starts with a layer of the model's 3"):
+        patching.generic_activation_patch(*arguments, index_df=[(3, 1)])
+    with pytest.raises(RequestError, match="start with 'layer'"):
+        patching.generic_activation_patch(*arguments, ("pos", "layer"))
+    with pytest.raises(RequestError, match="reduce 'sum'"):
+        patching.generic_activation_patch(*arguments, ("layer", "pos"), reduce="sum")
+
+
+def test_indices_are_data_frames() -> None:
+    pandas = pytest.importorskip("pandas")
+    model, corrupted = tiny_model(), prompts(2, LENGTH, seed=1)
+    clean = everything(model, prompts(2, LENGTH, seed=2))
+    whole, frame = patching.get_act_patch_attn_head_out_by_pos(
+        model, corrupted, clean, METRIC, return_index_df=True
+    )
+    expected = patching.make_df_from_ranges((3, LENGTH, 4), ("layer", "pos", "head"))
+    pandas.testing.assert_frame_equal(frame, expected)
+    chosen = frame[(frame["layer"] == 1) & (frame["pos"] == 2)]
+    arguments = (model, corrupted, clean, METRIC, patching.layer_pos_head_vector_patch_setter, "z")
+    some, back = patching.generic_activation_patch(*arguments, index_df=chosen, return_index_df=True)
+    torch.testing.assert_close(some, whole[1, 2])
+    assert back.to_numpy().tolist() == chosen.to_numpy().tolist()
+    for wrong, said in (
+        (chosen.assign(head=7), "head 7 does not exist: there are 4"),
+        (chosen[["pos", "layer", "head"]], "the first column of index_df is the layer"),
+        (chosen[:0], "got no rows"),
+    ):
+        with pytest.raises(RequestError, match=said):
+            patching.generic_activation_patch(*arguments, index_df=wrong)
+
+
+def test_each_rows_numbers_their_errors_and_tests() -> None:
+    model, corrupted = tiny_model(), prompts(4, LENGTH, seed=1)
+    clean_tokens = prompts(4, LENGTH, seed=2)
+    clean = everything(model, clean_tokens)
+    two = {"difference": METRIC, "loss": CrossEntropy()}
+    plain = patching.get_act_patch_resid_pre(model, corrupted, clean, METRIC)
+    result = patching.get_act_patch_resid_pre(model, corrupted, clean, two)
+    assert isinstance(result, PatchingResult) and result.metrics == ("difference", "loss")
+    one = result["difference"]
+    torch.testing.assert_close(one.mean, plain)
+    assert one.shape == (3, LENGTH) and one.per_example.shape == (3, LENGTH, 4)
+    unpatched = METRIC(model(corrupted), corrupted)
+    assert one.baseline == pytest.approx(float(unpatched.mean()), abs=1e-5)
+    torch.testing.assert_close(one.effect, plain - unpatched.mean(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(one.stderr, one.per_example.std(-1) / 2)
+    # patching the whole stream at layer 0 position by position never reaches further than the clean run
+    reached = one.normalized(METRIC(model(clean_tokens), clean_tokens))
+    span = float(METRIC(model(clean_tokens), clean_tokens).mean()) - one.baseline
+    torch.testing.assert_close(reached * span, one.effect)
+    low, high = one.bootstrap_ci()
+    assert bool((low <= one.effect + 1e-6).all() and (one.effect - 1e-6 <= high).all())
+    frame = result.to_dataframe()
+    assert list(frame.columns) == ["layer", "pos", "difference", "difference_effect", "loss", "loss_effect"]
+    assert len(frame) == 15
+    kept = patching.get_act_patch_resid_pre(model, corrupted, clean, METRIC, reduce="none")
+    torch.testing.assert_close(kept.per_example, one.per_example)
+    assert isinstance(
+        patching.get_act_patch_resid_pre(model, corrupted, clean, METRIC, baseline=True), PatchingResult
+    )
+    mean = patching.get_act_patch_resid_pre(model, corrupted, clean, METRIC, reduce="mean")
+    torch.testing.assert_close(mean, plain)
+    with pytest.raises(RequestError, match="several metrics"):
+        _ = result.mean
+    with pytest.raises(RequestError, match="a number for each of the 4 rows"):
+        patching.get_act_patch_resid_pre(model, corrupted, clean, lambda x: x.mean(), reduce="mean")
+    with pytest.raises(RequestError, match="stacks hold one number"):
+        patching.get_act_patch_block_every(model, corrupted, clean, METRIC, reduce="none")
+
+
+def test_the_permutation_test_is_exact_for_few_rows_and_even_under_no_effect() -> None:
+    effects = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, -1.0, 1.0, -1.0], [0.0, 0.0, 0.0, 0.0]])
+    swept = SweepResult({"cell": (0, 1, 2)}, {"m": effects}, {"m": torch.zeros(4)}, None)
+    result = PatchingResult(swept, {"m": torch.zeros(4)}, ([(0,), (1,), (2,)], ["layer"]))
+    # of 16 sign patterns two are as extreme as all alike
+    torch.testing.assert_close(result.permutation_pvalue(), torch.tensor([2 / 16, 1.0, 1.0]))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(300, 20, generator=generator)
+    labels = tuple(range(300))
+    swept = SweepResult({"cell": labels}, {"m": noise}, {"m": torch.zeros(20)}, None)
+    result = PatchingResult(swept, {"m": torch.zeros(20)}, ([(i,) for i in labels], ["layer"]))
+    found = result.permutation_pvalue(resamples=200)
+    assert 0.02 < float((found <= 0.05).float().mean()) < 0.1 and 0.4 < float(found.mean()) < 0.6
 
 
 def test_a_cache_by_short_names_will_do_and_wrong_lengths_will_not() -> None:

@@ -13,7 +13,7 @@ import torch
 from neuron_lens.interventions import patching
 from neuron_lens.transformer import Transformer
 from tests.interventions.models import everything
-from tests.interventions.transformer_lens_peer import CLEAN, CORRUPTED, NAMES, metric
+from tests.interventions.transformer_lens_peer import CLEAN, CORRUPTED, NAMES, ROWS, average_setter, metric
 
 HERE = Path(__file__).parent
 PYTHON = HERE.parents[1] / ".peers" / "transformer-lens" / "bin" / "python"
@@ -39,8 +39,18 @@ def test_tables_of_patches_are_those_of_transformer_lens(family: str, tmp_path: 
     from safetensors.torch import load_file
 
     theirs = load_file(out)
+    pandas = pytest.importorskip("pandas")
     model = Transformer.load(str(tmp_path))
     clean, corrupted = everything(model, torch.tensor(CLEAN)), torch.tensor(CORRUPTED)
+    index = pandas.DataFrame(ROWS, columns=["layer", "pos", "head"])
+    arguments = (model, corrupted, clean, metric, average_setter, "z")
+    rows = patching.generic_activation_patch(*arguments, index_df=index)
+    torch.testing.assert_close(rows, theirs.pop("rows"), atol=2e-4, rtol=1e-4)
+    setter, frame = patching.generic_activation_patch(
+        *arguments, index_axis_names=["layer", "pos", "head_index"], return_index_df=True
+    )
+    torch.testing.assert_close(setter, theirs.pop("setter"), atol=2e-4, rtol=1e-4)
+    assert torch.equal(torch.tensor(frame.to_numpy()), theirs.pop("frame"))
     assert set(theirs) == {n for n in NAMES if family == "gpt2" or not (n.endswith("_every") and "head" in n)}
     for name, table in theirs.items():
         ours = getattr(patching, f"get_act_patch_{name}")(model, corrupted, clean, metric)

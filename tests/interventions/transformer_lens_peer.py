@@ -33,6 +33,15 @@ NAMES = [
 CLEAN, CORRUPTED = [[5, 17, 33, 2, 48, 9, 21]], [[11, 3, 3, 57, 8, 30, 22]]
 
 
+ROWS = [[1, 3, 0], [0, 2, 1], [1, 6, 1]]
+
+
+def average_setter(corrupted, index, clean):  # type: ignore[no-untyped-def]
+    """A setter that no library has: the average of both runs, one head at one position."""
+    corrupted[:, index[1], index[2]] = (corrupted[:, index[1], index[2]] + clean[:, index[1], index[2]]) / 2
+    return corrupted
+
+
 def metric(logits):  # type: ignore[no-untyped-def]
     """One number, as the original wants it."""
     return (logits[:, -1, 3] - logits[:, -1, 5] + logits[:, 2, 7]).mean()
@@ -40,6 +49,7 @@ def metric(logits):  # type: ignore[no-untyped-def]
 
 def main() -> None:
     """Patch with every function."""
+    import pandas
     import torch
     from safetensors.torch import save_file
     from transformer_lens import patching
@@ -61,6 +71,14 @@ def main() -> None:
             if function is None or (family != "gpt2" and name.endswith("_every") and "head" in name):
                 continue
             found[name] = function(model, torch.tensor(CORRUPTED), clean, metric).float().contiguous()
+        index = pandas.DataFrame(ROWS, columns=["layer", "pos", "head"])
+        arguments = (model, torch.tensor(CORRUPTED), clean, metric, average_setter, "z")
+        found["rows"] = patching.generic_activation_patch(*arguments, index_df=index)
+        found["setter"], frame = patching.generic_activation_patch(
+            *arguments, index_axis_names=["layer", "pos", "head_index"], return_index_df=True
+        )
+        found["setter"] = found["setter"].contiguous()
+        found["frame"] = torch.tensor(frame.to_numpy()).contiguous()
     save_file(found, out)
 
 

@@ -7,6 +7,7 @@ import torch
 from conftest import strong_model, tiny_config
 from torch import Tensor
 
+from neuron_lens import interventions
 from neuron_lens.errors import RequestError
 from neuron_lens.faces.hooked_transformer import HookedTransformer, HookPoint, patching
 
@@ -31,6 +32,29 @@ def test_patching_is_what_it_says(tokens: Tensor) -> None:
 
         by_hand = metric(lens.run_with_hooks(corrupted, fwd_hooks=[("blocks.1.hook_resid_pre", put)])).mean()
     assert torch.allclose(streams[1, 4].float(), by_hand, atol=1e-4)
+
+
+def test_direct_paths_take_caches() -> None:
+    lens = HookedTransformer.from_engine(strong_model(tiny_config()))
+    corrupted, others = torch.arange(10)[None], torch.arange(10).flip(0)[None]
+    with torch.no_grad():
+        _, clean = lens.run_with_cache(others)
+        _, before = lens.run_with_cache(corrupted)
+        table = patching.get_act_patch_direct_path(lens, corrupted, clean, before, metric, 0, 1, "v")
+        below = interventions.get_act_patch_direct_path(lens.engine, corrupted, others, metric, 0, 1, "v")
+        plain = metric(lens(corrupted)).mean()
+    torch.testing.assert_close(table, below)
+    assert table.shape == (3, 4)
+    torch.testing.assert_close(table[0], plain.expand(4), atol=1e-4, rtol=1e-4)
+    assert float((table[1:] - plain).abs().max()) > 1e-4
+    index = patching.make_df_from_ranges((3, 2), ("layer", "pos"))
+    setter = patching.layer_pos_patch_setter
+    found, same = patching.generic_activation_patch(
+        lens, corrupted, clean, metric, setter, "resid_pre", index_df=index, return_index_df=True
+    )
+    assert same.equals(index)
+    whole = patching.get_act_patch_resid_pre(lens, corrupted, clean, metric)
+    torch.testing.assert_close(found.view(3, 2), whole[:, :2], atol=1e-4, rtol=1e-4)
 
 
 def test_refusals(tokens: Tensor) -> None:
