@@ -1,8 +1,9 @@
 """What was seen of a unit: frozen, typed records, plain Python, no torch.
 
 A unit is a neuron, an autoencoder latent, an attention head or a direction at a site. A window is a stretch
-of one document as the model read it, with the unit's activation at every token. Records are closed (an unknown field is an error),
-hold no NaN (what is missing is `None`), and go to JSON and back unchanged.
+of one document as the model read it, with the unit's activation at every token. Records are
+closed (an unknown field is an error), hold no NaN (what is missing is `None`), and go to JSON and back
+unchanged.
 """
 
 from __future__ import annotations

@@ -146,9 +146,9 @@ def _sparse_tensors(kept: SourceKeepers) -> Arrays:
         for sample in keepers.random:
             assert isinstance(sample, SparseSample), "all samples of a source are of one kind"
             _, entries = sample.by_place()
-            for window, entry in enumerate(entries, start=begin):
+            for slot, entry in enumerate(entries, start=begin):
                 columns[0].append(entry[0] + first)
-                columns[1].append(torch.full_like(entry[0], window))
+                columns[1].append(torch.full_like(entry[0], slot))
                 columns[2].append(entry[1])
                 columns[3].append(entry[2])
             begin += len(entries)

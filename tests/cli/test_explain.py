@@ -155,3 +155,35 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+@pytest.mark.usefixtures("planted_model")
+def test_heads_and_latents(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    from neuron_lens.autoencoders import Autoencoder, AutoencoderConfig, Site, save_saelens
+
+    site = Site(path="resid.torso.post_mlp", layer=0)
+    config = AutoencoderConfig(
+        d_in=30, d_latent=24, activation="topk", k=3, site_in=site, input_bias="decoder_bias"
+    )
+    save_saelens(Autoencoder(config, generator=torch.Generator().manual_seed(1)), tmp_path / "sae")
+    common = ["--corpus", str(texts), "--out", str(tmp_path / "out"), "--quiet"]
+    sae = ["--sae", str(tmp_path / "sae")]
+    assert main(["explain", "planted", "--head", "1", *common]) == 0
+    assert "L0 head 1" in capsys.readouterr().out
+    assert main(["explain", "planted", *sae, "--latents", "4:6", *common]) == 0
+    printed = capsys.readouterr().out
+    assert "L0 latent 4" in printed and "L0 latent 5" in printed and "head 1" not in printed
+    assert len(RunResult.read(tmp_path / "out" / "run.json").units) == 3
+    for arguments, complaint in (
+        ([*sae, "--latent", "24"], "latent 24 does not exist"),
+        ([*sae, "--latent", "1", "--layer", "3"], "reads layer 0, not layer 3"),
+        ([*sae, "--neuron", "1"], "--sae goes with --latent"),
+        (["--latent", "1"], "say which with --sae"),
+        (["--head", "2"], "head 2 does not exist"),
+        (["--sae", str(tmp_path / "none"), "--latent", "1"], "no autoencoder ships"),
+    ):
+        assert main(["explain", "planted", *arguments, *common]) == 2
+        error = capsys.readouterr().err
+        assert complaint in error and error.count("\n") == 1

@@ -184,7 +184,7 @@ def _with_company(autoencoder: Autoencoder, latents: Sequence[int]) -> list[int]
     rows = torch.nn.functional.normalize(autoencoder.W_dec.detach().float(), dim=-1)
     n = len(rows)
     kept = set(latents) | {min(index ^ 1, n - 1) for index in latents}
-    chosen = torch.tensor(sorted(set(latents)))
+    chosen = torch.tensor(sorted(set(latents)), dtype=torch.long)
     for part in chosen.split(256):
         likeness = rows[part] @ rows.T
         likeness[torch.arange(len(part)), part] = -torch.inf
