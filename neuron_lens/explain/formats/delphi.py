@@ -35,7 +35,7 @@ from neuron_lens.files.safetensors import TensorEntry, read_header
 
 __all__ = ["LatentActivations", "LatentCache", "LatentCacheWriter"]
 
-_CHUNK = 1 << 20  # locations converted at a time
+_CHUNK = 1 << 16  # locations converted at a time
 _UINT16 = 1 << 16
 _FLOAT16_MAX = 65504.0
 

@@ -25,6 +25,7 @@ __all__ = [
     "DashboardActivation",
     "DashboardBatch",
     "DashboardFeature",
+    "FeatureTables",
     "dashboard_batch",
     "dashboard_feature",
     "read_batch",
@@ -68,8 +69,8 @@ class DashboardActivation(ForeignRecord):
         return self
 
 
-class DashboardFeature(ForeignRecord):
-    """The dashboard of one unit. Lists of one table have one length, or are empty where there is no table.
+class FeatureTables(ForeignRecord):
+    """The tables and histograms of a unit. Lists of one table have one length, or are empty where there is none.
 
     Attributes:
         neuron_alignment_*: neurons most aligned with the unit's decoder direction; `l1` is the share of its norm.
@@ -78,12 +79,10 @@ class DashboardFeature(ForeignRecord):
         frac_nonzero: the share of tokens on which the unit is not zero, 0 to 1.
         freq_hist_data_*: histogram of the activations that are not zero: centres of bars, and counts.
         logits_hist_data_*: histogram of the unit's effects on all tokens' logits.
-        n_prompts_total, n_tokens_in_prompt, dataset: the texts all this is from.
         decoder_weights_dist: of an attention latent, the share of each head in its decoder norm.
         vector: the unit's direction.
     """
 
-    feature_index: NonNegativeInt
     neuron_alignment_indices: Indices = ()
     neuron_alignment_values: Numbers = ()
     neuron_alignment_l1: Numbers = ()
@@ -102,26 +101,45 @@ class DashboardFeature(ForeignRecord):
     freq_hist_data_bar_heights: Numbers = ()
     logits_hist_data_bar_heights: Numbers = ()
     logits_hist_data_bar_values: Numbers = ()
-    n_prompts_total: NonNegativeInt = 0
-    n_tokens_in_prompt: NonNegativeInt = 0
-    dataset: str = ""
     decoder_weights_dist: Numbers = ()
-    activations: tuple[DashboardActivation, ...] = ()
     vector: Numbers = ()
 
     @model_validator(mode="after")
     def _tables_are_whole(self) -> Self:
-        for stem in ("neuron_alignment_", "correlated_", "neg_", "pos_", "freq_hist_", "logits_hist_"):
-            names = [name for name in type(self).model_fields if name.startswith(stem)]
-            tables = {name.rpartition("_")[0] for name in names}
-            for table in sorted(tables):
-                lengths = {
-                    name: len(getattr(self, name)) for name in names if name.rpartition("_")[0] == table
-                }
-                if len({length for length in lengths.values() if length}) > 1:
-                    said = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-                    raise ValueError(f"the lists of one table differ in length: {said}")
+        for table, names in _TABLES.items():
+            lengths = {name: len(getattr(self, name)) for name in names}
+            if len({length for length in lengths.values() if length}) > 1:
+                said = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+                raise ValueError(f"the lists of {table} differ in length: {said}")
         return self
+
+
+# table -> the fields that are its columns
+_TABLES: dict[str, list[str]] = {
+    table: [name for name in FeatureTables.model_fields if name.startswith(f"{table}_")]
+    for table in (
+        "neuron_alignment",
+        "correlated_neurons",
+        "correlated_features",
+        "neg",
+        "pos",
+        "freq_hist_data",
+        "logits_hist_data",
+    )
+}
+
+
+class DashboardFeature(FeatureTables):
+    """The dashboard of one unit: its tables, what they are from, and texts.
+
+    `n_prompts_total` texts of `dataset` were read, each `n_tokens_in_prompt` long.
+    """
+
+    feature_index: NonNegativeInt
+    n_prompts_total: NonNegativeInt = 0
+    n_tokens_in_prompt: NonNegativeInt = 0
+    dataset: str = ""
+    activations: tuple[DashboardActivation, ...] = ()
 
 
 class DashboardBatch(ForeignRecord):

@@ -28,7 +28,7 @@ from neuron_lens.explain.formats.json_file import (
     validate,
     write_json_lines,
 )
-from neuron_lens.explain.formats.neuronpedia import DashboardBatch, DashboardFeature, Numbers
+from neuron_lens.explain.formats.neuronpedia import DashboardBatch, FeatureTables, Indices, Numbers
 from neuron_lens.explain.result import UnitResult
 
 __all__ = [
@@ -45,7 +45,7 @@ MetadataName = Literal["release", "model", "sourceset", "source"]
 
 _BATCH = re.compile(r"batch-(\d+)\.jsonl(\.gz)?")
 
-Index = Annotated[
+IndexText = Annotated[
     str,
     BeforeValidator(lambda value: str(value) if isinstance(value, int) else value),
     StringConstraints(pattern=r"^\d+$"),
@@ -57,7 +57,7 @@ class ExportRow(ForeignRecord):
 
     modelId: str
     layer: str
-    index: Index
+    index: IndexText
 
 
 class ExportActivation(ExportRow):
@@ -99,36 +99,16 @@ class ExportActivation(ExportRow):
         return self
 
 
-class ExportFeature(ExportRow):
+class ExportFeature(FeatureTables, ExportRow):
     """One unit: the tables of its dashboard under their own names, and what is kept beside them."""
 
     sourceSetName: str | None = None
     creatorId: str | None = None
     createdAt: str | None = None
     maxActApprox: float | None = None
-    frac_nonzero: float | None = None
-    neuron_alignment_indices: tuple[NonNegativeInt, ...] = ()
-    neuron_alignment_values: Numbers = ()
-    neuron_alignment_l1: Numbers = ()
-    correlated_neurons_indices: tuple[NonNegativeInt, ...] = ()
-    correlated_neurons_pearson: Numbers = ()
-    correlated_neurons_l1: Numbers = ()
-    correlated_features_indices: tuple[NonNegativeInt, ...] = ()
-    correlated_features_pearson: Numbers = ()
-    correlated_features_l1: Numbers = ()
-    neg_str: tuple[str, ...] = ()
-    neg_values: Numbers = ()
-    pos_str: tuple[str, ...] = ()
-    pos_values: Numbers = ()
-    freq_hist_data_bar_heights: Numbers = ()
-    freq_hist_data_bar_values: Numbers = ()
-    logits_hist_data_bar_heights: Numbers = ()
-    logits_hist_data_bar_values: Numbers = ()
-    decoder_weights_dist: Numbers = ()
-    topkCosSimIndices: tuple[NonNegativeInt, ...] = ()
+    topkCosSimIndices: Indices = ()
     topkCosSimValues: Numbers = ()
     hasVector: bool = False
-    vector: Numbers = ()
     vectorLabel: str | None = None
     vectorDefaultSteerStrength: float | None = None
     hookName: str | None = None
@@ -236,11 +216,10 @@ def export_features(
 
     Neuronpedia asks for a creator and a time (ISO 8601) on import: give them, or they are null.
     """
-    shared = DashboardFeature.model_fields.keys() & ExportFeature.model_fields.keys()
     rows = []
     for feature in batch.features:
         shown = [value for text in feature.activations for value in text.values]
-        given: dict[str, Any] = {name: getattr(feature, name) for name in shared & feature.model_fields_set}
+        given: dict[str, Any] = {name: getattr(feature, name) for name in FeatureTables.model_fields}
         row = _whole(
             ExportFeature,
             modelId=batch.model_id,

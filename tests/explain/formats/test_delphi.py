@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from neuron_lens.errors import CheckpointError, RequestError
+from neuron_lens.explain.formats import delphi
 from neuron_lens.explain.formats.delphi import LatentCache, LatentCacheWriter
 from neuron_lens.explain.formats.delphi_results import (
     DelphiScore,
@@ -117,6 +119,25 @@ def test_a_hand_made_cache_without_tokens_is_read(tmp_path: Path) -> None:
         cache.latent(12)
     with pytest.raises(RequestError, match=r"latent -1 is not in"):
         cache.latent(-1)
+
+
+def test_memory_does_not_grow_with_what_was_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delphi, "_CHUNK", 1000)
+    random = np.random.default_rng(0)
+    locations = random.integers(0, [8, 64, 500], (2000, 3))
+    batch = random.integers(0, 99, (8, 64)), locations, random.random(2000)
+    peaks = {}
+    for n_batches in (4, 4, 40):  # the first time only warms up
+        tracemalloc.start()
+        folder = tmp_path / str(n_batches)
+        with LatentCacheWriter(folder, MODULE, n_latents=500, n_splits=2, config=CONFIG) as writer:
+            for _ in range(n_batches):
+                writer.add(*batch)
+        peaks[n_batches] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert LatentCache(folder, MODULE).tokens.shape == (8 * n_batches, 64)
+    smallest_file = min(path.stat().st_size for path in (tmp_path / "40").rglob("*.safetensors"))
+    assert peaks[40] < peaks[4] + smallest_file / 8
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
