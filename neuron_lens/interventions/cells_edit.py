@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from neuron_lens.hooks import Run, Site
+from neuron_lens.hooks import Site
 from neuron_lens.interventions.declared import HEAD_AXES, site_named
 from neuron_lens.interventions.places import At, keys_meant
+from neuron_lens.interventions.sweep_clean import SharedPrompts
 from neuron_lens.interventions.sweep_plan import Part
 
 __all__ = ["CellsEdit", "PromptFrame"]
@@ -19,26 +20,22 @@ __all__ = ["CellsEdit", "PromptFrame"]
 
 @dataclass(frozen=True, eq=False)
 class PromptFrame:
-    """The prompts that every cell runs: rows, columns, padding [rows, columns], and autoencoders by name."""
+    """What all edits of a sweep share: the prompts, and autoencoders by name."""
 
-    rows: int
-    length: int
-    pad: Tensor | None
+    prompts: SharedPrompts
     autoencoders: Mapping[str, Any] | None
 
-    def at(self, site: Site, layer: int | None, first: int, columns: int, device: torch.device) -> At:
+    def at(self, site: Site, layer: int | None, first: int, columns: int, meant: Tensor) -> At:
         """What an edit is told of a pass over some columns from `first` on."""
-        if self.pad is None:
-            return At(site, layer, start=first, ends=self.length, autoencoders=self.autoencoders)
-        whole = Run(self.rows, self.length, pad=self.pad)
-        at = whole.positions(device)
+        prompts, padded = self.prompts, self.prompts.pad is not None
         return At(
             site,
             layer,
             start=first,
-            ends=whole.ends(device),
-            positions=at[:, first : first + columns],
-            keys=at[:, : first + columns],
+            ends=prompts.ends,
+            positions=prompts.positions[:, first : first + columns] if padded else None,
+            keys=prompts.positions[:, : first + columns] if padded else None,
+            meant=meant,
             autoencoders=self.autoencoders,
         )
 
@@ -50,7 +47,7 @@ class CellsEdit:
         self, parts: list[tuple[int, Part]], path: str, cells: int, first: int, frame: PromptFrame
     ) -> None:
         self.parts, self.path, self.cells, self.first, self.frame = parts, path, cells, first, frame
-        self.rows = frame.rows
+        self.rows = frame.prompts.rows
         self.site = Site(path, site_named(path).axes)
         self.name = parts[0][1].intervention.label()
 
@@ -58,14 +55,11 @@ class CellsEdit:
         blocks: Tensor = x.unflatten(0, (self.cells, self.rows))
         chosen = torch.tensor([cell for cell, _ in self.parts], device=x.device)
         part = blocks[chosen]
-        columns = x.shape[self.site.dim("pos")]
         mask = self._mask(part)
-        at = self.frame.at(self.site, layer, self.first, columns, x.device)
-        changed = self.parts[0][1].intervention.changed(part, replace(at, meant=mask))
-        out: Tensor = blocks.clone()
-        out[chosen] = torch.where(mask, changed, part).to(x.dtype)
-        together: Tensor = out.flatten(0, 1)
-        return together
+        at = self.frame.at(self.site, layer, self.first, x.shape[self.site.dim("pos")], mask)
+        changed = self.parts[0][1].intervention.changed(part, at)
+        blocks[chosen] = torch.where(mask, changed, part).to(x.dtype)  # in place: the pass owns what it gives
+        return x
 
     def _mask(self, x: Tensor) -> Tensor:
         """Which part of x [cells, *axes] is meant; broadcasts to it."""
@@ -119,9 +113,9 @@ class CellsEdit:
 
     def _keys_mask(self, keys: int, shape: list[int], device: torch.device) -> Tensor:
         """Keys meant in each cell and row; keys behind the columns of a narrow pass are masked anyway."""
-        at = Run(self.rows, self.frame.length, pad=self.frame.pad).key_positions(device)[:, :keys]
-        ends = Run(self.rows, self.frame.length, pad=self.frame.pad).ends(device)
-        mask = [keys_meant(part.intervention.keys or (), at, ends).any(1) for _, part in self.parts]
+        prompts = self.frame.prompts
+        at = prompts.positions[:, :keys].to(device)
+        mask = [keys_meant(part.intervention.keys or (), at, prompts.ends).any(1) for _, part in self.parts]
         whole = list(shape)
         whole[0], whole[1], whole[-1] = len(self.parts), self.rows, keys
         return torch.stack(mask).view(whole)

@@ -26,6 +26,7 @@ __all__ = [
     "TokenProbability",
     "TokenRank",
     "bind_metrics",
+    "vocab_read",
 ]
 
 Columns = int | slice | Tensor | None
@@ -60,6 +61,15 @@ class Metric:
     """Base of metrics. `metric(logits, tokens, pad)` gives one number a row from logits of all columns."""
 
     name: str = "metric"
+
+    @property
+    def vocab(self) -> Tensor | None:
+        """Vocabulary entries whose logits it reads, [entries]; None for all."""
+        return None
+
+    def among(self, vocab: Tensor) -> Metric:
+        """The same metric of logits of some vocabulary entries only. vocab: [entries], sorted, with all it reads."""
+        raise RequestError(f"metric {self.name!r} reads the logits of the whole vocabulary")
 
     def bind(self, tokens: Tensor, pad: Tensor | None) -> BoundMetric:
         """The metric for these prompts [batch, pos]. Raises RequestError when it does not fit them."""
@@ -138,6 +148,14 @@ class LogitDifference(_AtPosition):
         super().__init__(position, name)
         self.correct, self.wrong = torch.as_tensor(correct), torch.as_tensor(wrong)
 
+    @property
+    def vocab(self) -> Tensor | None:
+        return torch.cat((self.correct.flatten(), self.wrong.flatten())).unique()
+
+    def among(self, vocab: Tensor) -> Metric:
+        correct, wrong = (torch.searchsorted(vocab, given) for given in (self.correct, self.wrong))
+        return LogitDifference(correct, wrong, self.position, name=self.name)
+
     def _value(self, logits: Tensor) -> Tensor:
         return _picked(logits, self.correct, self.name) - _picked(logits, self.wrong, self.name)
 
@@ -149,11 +167,26 @@ class TokenLogit(_AtPosition):
         super().__init__(position, name)
         self.token = torch.as_tensor(token)
 
+    @property
+    def vocab(self) -> Tensor | None:
+        return self.token.flatten().unique()
+
+    def among(self, vocab: Tensor) -> Metric:
+        return TokenLogit(torch.searchsorted(vocab, self.token), self.position, name=self.name)
+
     def _value(self, logits: Tensor) -> Tensor:
         return _picked(logits, self.token, self.name)
 
 
-class TokenProbability(TokenLogit):
+class _AgainstAll(TokenLogit):
+    """Base of metrics that compare a token with the whole vocabulary."""
+
+    @property
+    def vocab(self) -> Tensor | None:
+        return None
+
+
+class TokenProbability(_AgainstAll):
     """Probability of a token, or its natural logarithm with `log=True`."""
 
     def __init__(
@@ -172,7 +205,7 @@ class TokenProbability(TokenLogit):
         return logs if self.log else logs.exp()
 
 
-class TokenRank(TokenLogit):
+class TokenRank(_AgainstAll):
     """Rank of a token among all: 0 when it is the most probable. Tokens with an equal logit do not count."""
 
     def __init__(self, token: int | Tensor, position: int | Tensor = -1, *, name: str = "rank") -> None:
@@ -265,16 +298,42 @@ def _picked(values: Tensor, tokens: Tensor, name: str) -> Tensor:
     return values.gather(1, chosen.reshape(rows, -1)).mean(-1)
 
 
-def bind_metrics(
-    metric: Metric | Callable[..., Any] | Mapping[str, Metric | Callable[..., Any]],
-    tokens: Tensor,
-    pad: Tensor | None,
-    columns: Columns = None,
-) -> dict[str, BoundMetric]:
-    """One metric or several by name, for these prompts. columns: what plain functions are given, as in `OfLogits`."""
+AnyMetric = Metric | Callable[..., Any]
+
+
+def by_name(metric: AnyMetric | Mapping[str, AnyMetric]) -> Mapping[str, AnyMetric]:
+    """One metric or several by name. Raises RequestError when there is none."""
     named = metric if isinstance(metric, Mapping) else {getattr(metric, "name", None) or "metric": metric}
     if not named:
         raise RequestError("no metric was given")
+    return named
+
+
+def vocab_read(metric: AnyMetric | Mapping[str, AnyMetric]) -> Tensor | None:
+    """All vocabulary entries that some metric reads, [entries] sorted; None for the whole vocabulary."""
+    read: list[Tensor] = []
+    for one in by_name(metric).values():
+        entries = one.vocab if isinstance(one, Metric) else None
+        if entries is None:
+            return None
+        read.append(entries)
+    return torch.cat(read).unique()
+
+
+def bind_metrics(
+    metric: AnyMetric | Mapping[str, AnyMetric],
+    tokens: Tensor,
+    pad: Tensor | None,
+    columns: Columns = None,
+    *,
+    vocab: Tensor | None = None,
+) -> dict[str, BoundMetric]:
+    """One metric or several by name, for these prompts.
+
+    columns: what plain functions are given, as in `OfLogits`. vocab: the vocabulary entries whose logits there will be,
+    as `vocab_read` gives them; None for all.
+    """
+    named = by_name(metric)
     bound = {}
     for name, one in named.items():
         if not isinstance(one, Metric):
@@ -283,6 +342,8 @@ def bind_metrics(
                     f"metric {name!r} must be a Metric or a function of logits; got {type(one).__name__}"
                 )
             one = OfLogits(one, columns, name=name)
+        if vocab is not None:
+            one = one.among(vocab)
         made = one.bind(tokens, pad)
         bound[name] = BoundMetric(name, made.columns, made.value)
     return bound

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from neuron_lens.files.atomic import atomic_path
 from neuron_lens.hooks import TransformerHooks
 from neuron_lens.interventions.declared import Intervention
 from neuron_lens.interventions.grid import Cell, Grid, as_grid
-from neuron_lens.interventions.metrics import Columns, Metric, bind_metrics
+from neuron_lens.interventions.metrics import AnyMetric, Columns, bind_metrics, vocab_read
 from neuron_lens.interventions.runs import weights_hash
 from neuron_lens.interventions.sweep_plan import Job, jobs_of
 from neuron_lens.interventions.sweep_result import SweepResult
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["sweep"]
 
-AnyMetric = Metric | Callable[..., Any]
 SECONDS_BETWEEN_SAVES = 10.0
 
 
@@ -75,23 +74,25 @@ def sweep(
     """
     given = as_grid(cells)
     _check_prompts(tokens, reference_tokens)
-    metrics = bind_metrics(metric, tokens, pad, logits_at)
+    vocab = vocab_read(metric)
+    metrics = bind_metrics(metric, tokens, pad, logits_at, vocab=vocab)
     users = any(isinstance(cell, TransformerHooks) for cell in given.cells)
-    runner = SweepRunner(model, tokens, pad, metrics, memory_budget, autoencoders, whole=users)
+    runner = SweepRunner(model, tokens, pad, metrics, memory_budget, autoencoders, vocab=vocab, whole=users)
     with torch.no_grad():
         jobs = jobs_of(given, model, tokens, pad, runner.stop, autoencoders)
         groups = list(runner.groups(jobs))  # plans everything, and refuses a budget that is too small
         baseline = runner.baseline()
         reference = None
         if reference_tokens is not None:
-            bound = bind_metrics(metric, reference_tokens, reference_pad, logits_at)
-            reference = SweepRunner(model, reference_tokens, reference_pad, bound, memory_budget).baseline()
+            bound = bind_metrics(metric, reference_tokens, reference_pad, logits_at, vocab=vocab)
+            other = SweepRunner(model, reference_tokens, reference_pad, bound, memory_budget, vocab=vocab)
+            reference = other.baseline()
         values = {name: value.new_zeros(len(jobs), value.numel()) for name, value in baseline.items()}
         done = torch.zeros(len(jobs), dtype=torch.bool)
         store = None if path is None else _Store(path, _fingerprint(model, tokens, pad, given, list(metrics)))
         if store is not None:
             store.load(values, done)
-        _settle(jobs, baseline, values, done, runner.stop)
+        _settle([job for job in jobs if not runner.shows(job)], baseline, values, done)
         with tqdm(total=len(jobs), initial=int(done.sum()), disable=not progress, unit="cell") as bar:
             try:
                 for group in groups:
@@ -121,15 +122,12 @@ def _check_prompts(tokens: Tensor, reference: Tensor | None) -> None:
         )
 
 
-def _settle(
-    jobs: list[Job], baseline: dict[str, Tensor], values: dict[str, Tensor], done: Tensor, stop: int
-) -> None:
-    """Cells that touch nothing a metric can see have the baseline's value."""
+def _settle(jobs: list[Job], baseline: dict[str, Tensor], values: dict[str, Tensor], done: Tensor) -> None:
+    """Cells that change nothing a metric can see have the baseline's value."""
     for job in jobs:
-        if job.first >= stop:
-            for name, value in baseline.items():
-                values[name][job.index] = value
-            done[job.index] = True
+        for name, value in baseline.items():
+            values[name][job.index] = value
+        done[job.index] = True
 
 
 def _fingerprint(

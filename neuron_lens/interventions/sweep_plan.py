@@ -227,26 +227,21 @@ class _Reader:
         )
 
     def _first(self, part: Part) -> int:
-        if self.pad is not None:
-            return 0
-        if part.columns is not None:
-            first = part.columns[0]
-        else:
-            assert part.mask is not None, "a part has columns or a mask"
-            first = int(part.mask.any(0).nonzero()[0])
         back = part.intervention.looks_back_to(self.length)
+        if back is not None and self.pad is not None:
+            return 0  # where the position looked back to stands is another column in each row
+        first = _columns_of(part)[0]
         return first if back is None else min(first, back)
 
     def _last(self, parts: Sequence[Part], start: int) -> int:
         """Last column that differs after the starting layer."""
         here = [part for part in parts if start in part.layers]
-        narrow = self.pad is None and all(
-            part.path in AFTER_MIXING and part.columns is not None for part in here
-        )
-        if not narrow:
+        back = [part.intervention.looks_back_to(self.length) for part in here]
+        if any(part.path not in AFTER_MIXING for part in here) or (self.pad is not None and any(back)):
             return self.stop - 1
-        back = [part.intervention.looks_back_to(self.length) or 0 for part in here]
-        return max([part.columns[-1] for part in here if part.columns] + back)
+        return max(
+            [_columns_of(part)[1] for part in here] + [0 if column is None else column for column in back]
+        )
 
     def _hooks_job(self, index: int, hooks: TransformerHooks) -> Job:
         """A cell of the user's own hooks: nothing is known of its positions."""
@@ -268,6 +263,15 @@ class _Reader:
         if not starts:
             raise RequestError("the hooks of this cell act at no layer: it touches nothing")
         return Job(index, (), min(starts), 0, self.length - 1, hooks)
+
+
+def _columns_of(part: Part) -> tuple[int, int]:
+    """The first and the last column a part selects in any row."""
+    if part.columns is not None:
+        return part.columns[0], part.columns[-1]
+    assert part.mask is not None, "a part has columns or a mask"
+    selected = part.mask.any(0).nonzero()[:, 0]
+    return int(selected[0]), int(selected[-1])
 
 
 def place_free(intervention: Intervention) -> list[Any]:

@@ -9,68 +9,29 @@ import torch
 from torch import Tensor
 
 from neuron_lens.errors import RequestError
-from neuron_lens.hooks import AtRows, Run, TransformerHooks
+from neuron_lens.hooks import AtRows, TransformerHooks
 from neuron_lens.interventions.cells_edit import CellsEdit, PromptFrame
 from neuron_lens.interventions.metrics import BoundMetric
-from neuron_lens.interventions.sweep_plan import PATTERNS, Group, Job, Part, place_free, row_bytes
-from neuron_lens.transformer import KVCache
+from neuron_lens.interventions.sweep_clean import CleanRun, SharedPrompts
+from neuron_lens.interventions.sweep_plan import (
+    AFTER_MIXING,
+    PATTERNS,
+    Group,
+    Job,
+    Part,
+    place_free,
+    row_bytes,
+)
 
 if TYPE_CHECKING:
     from neuron_lens.transformer import Transformer
 
-__all__ = ["CleanRun", "SweepRunner"]
+__all__ = ["SweepRunner"]
 
 # More tokens than this in one product gain nothing on a CPU, and leave its caches.
 TOKENS_AT_ONCE = 1536
 # Fewer than this, and a pass costs as much as one of so many: it reads all weights either way.
 MIN_TOKENS = 192
-
-
-class CleanRun:
-    """What the unedited run leaves: the stream entering each block, keys and values, logits at the columns read.
-
-    stream: n_layers + 1 tensors [rows, pos, d_model]; the last leaves the last block.
-    """
-
-    def __init__(
-        self, model: Transformer, tokens: Tensor, pad: Tensor | None, columns: Tensor | None
-    ) -> None:
-        rows, length = tokens.shape
-        weight = model.embed.weight
-        self.cache = KVCache(model.config, rows, length, dtype=weight.dtype, device=tokens.device)
-        hooks = TransformerHooks()
-        kept = hooks.record("resid.torso.pre_attn")
-        hooks.append_to_path("resid.torso.post_mlp.fwd2", self._keep_last)
-        hooks.append_to_path("resid.post_emb.fwd2", self._keep_last)
-        self.logits: Tensor = model(tokens, hooks=hooks, pad=pad, kv_cache=self.cache, logits_at=columns)
-        self.stream = [kept["resid.torso.pre_attn", layer] for layer in range(model.config.n_layers)] + [
-            self._last
-        ]
-
-    def _keep_last(self, x: Tensor) -> None:
-        self._last = x
-
-    def prefix(self, columns: int, cells: int) -> PrefixCache | None:
-        """Keys and values of the first columns, for `cells` copies of all rows; None when there are no columns."""
-        return PrefixCache(self.cache, columns, cells) if columns else None
-
-
-class PrefixCache(KVCache):
-    """A frozen cache of the first columns of another, whose rows are repeated as one block for each cell."""
-
-    def __init__(self, whole: KVCache, columns: int, cells: int) -> None:
-        self.capacity = self.length = columns
-        self.frozen, self.positions = True, None
-        self.batch = whole.batch * cells
-        self._whole, self._cells = whole, cells
-
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        return self._behind(self._whole.keys[layer], keys), self._behind(self._whole.values[layer], values)
-
-    def _behind(self, whole: Tensor, new: Tensor) -> Tensor:
-        old = whole[:, :, : self.length]
-        repeated = old.expand(self._cells, *old.shape).reshape(self.batch, *old.shape[1:])
-        return torch.cat((repeated, new), 2)
 
 
 class SweepRunner:
@@ -85,23 +46,24 @@ class SweepRunner:
         memory_budget: int,
         autoencoders: Mapping[str, Any] | None = None,
         *,
+        vocab: Tensor | None = None,
         whole: bool = False,
     ) -> None:
-        self.model, self.tokens, self.pad, self.metrics = model, tokens, pad, metrics
+        self.model, self.metrics, self.vocab = model, metrics, vocab
+        self.prompts = SharedPrompts(tokens, pad)
         self.rows, self.length = tokens.shape
         self.columns = columns_read(metrics, self.rows, self.length, tokens.device)
         # nothing behind the last column read can matter; hooks of unknown reach see the whole prompt all the same
-        self.stop = (
-            self.length if self.columns is None or whole or pad is not None else int(self.columns.max()) + 1
-        )
-        self.frame = PromptFrame(self.rows, self.length, pad, autoencoders)
+        whole |= self.columns is None or _depends_on_length(model)
+        self.stop = self.length if self.columns is None or whole else int(self.columns.max()) + 1
+        self.frame = PromptFrame(self.prompts, autoencoders)
         self.memory_budget = memory_budget
         self.clean: CleanRun | None = None
 
     def start(self) -> CleanRun:
         """The clean run, made once."""
         if self.clean is None:
-            self.clean = CleanRun(self.model, self.tokens, self.pad, self.columns)
+            self.clean = CleanRun(self.model, self.prompts, self.columns, self.vocab)
         return self.clean
 
     def baseline(self) -> dict[str, Tensor]:
@@ -114,7 +76,7 @@ class SweepRunner:
         Neighbouring first columns share a group while few cells have them: a pass of a few tokens costs as much as
         one of many. Raises RequestError when the budget does not hold one cell.
         """
-        touching = [job for job in jobs if job.first < self.stop]
+        touching = [job for job in jobs if self.shows(job)]
         touching.sort(key=lambda job: (job.splits_heads, -job.first, job.start, job.index))
         group: Group | None = None
         for job in touching:
@@ -152,9 +114,10 @@ class SweepRunner:
             config.n_layers + 1
         ) * config.d_model + 2 * config.n_layers * config.n_kv_heads * config.d_head
         read = self.length if self.columns is None else self.columns.shape[1]
-        fixed = self.rows * (self.length * kept + read * config.d_vocab) * element
+        entries = config.d_vocab if self.vocab is None else self.vocab.numel()
+        fixed = self.rows * (self.length * kept + read * entries) * element
         # logits and the softmax of a metric, of one cell at a time
-        fixed += 3 * self.rows * read * config.d_vocab * 4
+        fixed += 3 * self.rows * read * entries * 4
         one = self.rows * row_bytes(config, columns, self.length, element, explicit=explicit)
         if fixed + one > self.memory_budget:
             raise RequestError(
@@ -163,100 +126,96 @@ class SweepRunner:
             )
         return int(min((self.memory_budget - fixed) // one, max(1, TOKENS_AT_ONCE // (columns * self.rows))))
 
+    def shows(self, job: Job) -> bool:
+        """Whether a cell can change what any metric reads; if not, its value is the baseline's."""
+        n_layers = self.model.config.n_layers
+        if job.first >= self.stop:
+            return False
+        if self.columns is None or job.hooks is not None or job.start < n_layers - 1:
+            return True
+        if not all(part.path in AFTER_MIXING or part.layers == {n_layers} for part in job.parts):
+            return True
+        # behind the last mixing of positions, an edit changes the logits of its own columns only
+        read = torch.zeros(self.rows, self.length, dtype=torch.bool, device=self.columns.device)
+        read.scatter_(1, self.columns, True)
+        return any(
+            bool((read if part.mask is None else read & part.mask)[:, part.columns or slice(None)].any())
+            for part in job.parts
+        )
+
     def run(self, group: Group) -> dict[int, dict[str, Tensor]]:
         """Metrics of each job of a group, by the job's index."""
-        clean, n_layers = self.start(), self.model.config.n_layers
-        first, active, waiting = group.first, list[Job](), list(group.jobs)
+        clean, n_layers, first = self.start(), self.model.config.n_layers, group.first
+        active, waiting = list[Job](), list(group.jobs)
+        results: dict[int, dict[str, Tensor]] = {}
         x: Tensor | None = None
         for layer in range(n_layers):
             joining = [job for job in waiting if job.start <= layer]
-            if joining:
-                waiting = waiting[len(joining) :]
-                narrow = [job for job in joining if job.start >= 0 and job.last + 1 < self.stop]
-                wide = [job for job in joining if job not in narrow]
-            else:
-                narrow, wide = [], []
-            if layer == 0:
-                stream: Tensor | None = self._tokens(first, len(wide)) if wide else None
-            else:
-                stream = self._joined(x, clean.stream[layer][:, first : self.stop], len(wide))
+            waiting = waiting[len(joining) :]
+            narrow = [job for job in joining if job.start >= 0 and job.last + 1 < self.stop]
+            wide = [job for job in joining if job not in narrow]
             active += wide
-            x = self._block(layer, stream, active, first, self.stop) if stream is not None else None
+            x = clean.joined(layer, x, first, self.stop, len(wide))
+            if x is not None and layer == n_layers - 1:
+                results |= self._read(x, active, first, layer)
+                x, active = None, []
+            elif x is not None:
+                x = self._block(layer, x, active, first, self.stop)
             if narrow:
                 x = self._narrow_entry(layer, narrow, x, first)
                 active += narrow
-        x = self._joined(x, clean.stream[n_layers][:, first : self.stop], len(waiting))
-        return self._read(x, active + waiting, first)
-
-    def _tokens(self, first: int, cells: int) -> Tensor:
-        return self.tokens[:, first : self.stop].repeat(cells, 1)
-
-    def _joined(self, x: Tensor | None, clean: Tensor, cells: int) -> Tensor | None:
-        """The rows so far, and the clean stream for each cell that joins."""
-        if not cells:
-            return x
-        fresh = clean.expand(cells, *clean.shape).reshape(cells * self.rows, *clean.shape[1:]).clone()
-        return fresh if x is None else torch.cat((x, fresh))
+        x = clean.joined(n_layers, x, first, self.stop, len(waiting))
+        if x is not None:
+            results |= self._read(x, active + waiting, first, n_layers)
+        return results
 
     def _block(self, layer: int, x: Tensor, jobs: list[Job], first: int, stop: int) -> Tensor:
         """One block over some columns of the rows of some jobs."""
-        assert self.clean is not None, "the clean run comes first"
-        hooks = self._hooks(jobs, layer, first)
-        cache = self.clean.prefix(first, len(jobs))
         out: Tensor = self.model(
             x,
-            hooks=hooks,
-            pad=self._pad(len(jobs)),
-            kv_cache=cache,
+            **self._pass(len(jobs), first, stop),
+            hooks=self._hooks(jobs, [layer], first),
             start_at_layer=layer,
             stop_at_layer=layer + 1,
-            run=self._run(len(jobs), first, stop),
         )
         return out
 
+    def _pass(self, cells: int, first: int, stop: int) -> dict[str, Any]:
+        """What a pass over some columns of the rows of some cells is given beside its tensor."""
+        run = self.prompts.run(cells, first, stop, self.model.config)
+        return {"run": run, "pad": run.pad, "kv_cache": self.start().prefix(first, cells)}
+
     def _narrow_entry(self, layer: int, jobs: list[Job], x: Tensor | None, first: int) -> Tensor:
         """Jobs whose first block changes only some columns: run on those, the rest is the clean stream."""
-        assert self.clean is not None, "the clean run comes first"
-        last = max(job.last for job in jobs) + 1
-        if layer == 0:
-            entering = self.tokens[:, first:last].repeat(len(jobs), 1)
-        else:
-            joined = self._joined(None, self.clean.stream[layer][:, first:last], len(jobs))
-            assert joined is not None, "there are jobs"
-            entering = joined
+        last, clean = max(job.last for job in jobs) + 1, self.start()
+        entering = clean.joined(layer, None, first, last, len(jobs))
+        whole = clean.joined(layer + 1, x, first, self.stop, len(jobs))
+        assert entering is not None and whole is not None, "there are jobs"
         changed = self._block(layer, entering, jobs, first, last)
-        whole = self._joined(x, self.clean.stream[layer + 1][:, first : self.stop], len(jobs))
-        assert whole is not None, "there are jobs"
         whole[-len(jobs) * self.rows :, : last - first] = changed
         return whole
 
-    def _run(self, cells: int, first: int, stop: int) -> Run:
-        """What hooks are told: the columns of this pass within the whole prompt."""
-        tokens = self.tokens[:, first:stop].repeat(cells, 1)
-        pad = self._pad(cells)
-        prompt: int | None = self.length if pad is None else None
-        return Run(tokens.shape[0], stop - first, tokens, pad, first, prompt, config=self.model.config)
+    def _hooks(self, jobs: list[Job], layers: list[int], first: int) -> TransformerHooks | None:
+        """One tree for all rows of a pass: parts that do the same thing in different places share one hook.
 
-    def _pad(self, cells: int) -> Tensor | None:
-        return None if self.pad is None else self.pad.repeat(cells, 1)
-
-    def _hooks(self, jobs: list[Job], layer: int, first: int) -> TransformerHooks | None:
-        """One tree for all rows of a pass: parts that do the same thing in different places share one hook."""
-        at_layer = (layer, -1) if layer == 0 else (layer,)
+        layers: those that the pass runs; n_layers stands for the end.
+        """
+        at_layers = {*layers, *([-1] if 0 in layers else [])}
         shared: dict[tuple[Any, ...], list[tuple[int, Part]]] = {}
         tree = TransformerHooks()
         used = False
         for cell, job in enumerate(jobs):
             orders: dict[str, int] = {}
             for part in job.parts:
-                if part.layers.isdisjoint(at_layer):
+                if part.layers.isdisjoint(at_layers):
                     continue
                 order = orders[part.path] = orders.get(part.path, -1) + 1
                 what = part.intervention
                 same = id(part) if what.depends_on_place() else tuple(map(id, place_free(what)))
                 shared.setdefault((order, part.path, type(what), same), []).append((cell, part))
             if job.hooks is not None:
-                used |= self._add_users_hooks(tree, job.hooks, layer, cell)
+                added = [self._add_users_hooks(tree, job.hooks, layer, cell) for layer in layers]
+                used |= any(added)
         for (_, path, _, _), parts in sorted(shared.items(), key=lambda item: item[0][0]):
             used = True
             edit = CellsEdit(parts, path, len(jobs), first, self.frame)
@@ -282,54 +241,52 @@ class SweepRunner:
                     used = True
         return used
 
-    def _read(self, x: Tensor | None, jobs: list[Job], first: int) -> dict[int, dict[str, Tensor]]:
-        """Metrics of each job, a few at a time: logits are the widest tensors of all."""
-        assert x is not None, "a group has jobs"
+    def _read(self, x: Tensor, jobs: list[Job], first: int, layer: int) -> dict[int, dict[str, Tensor]]:
+        """Metrics of each job, from what enters the last block or leaves it (layer n_layers).
+
+        A few jobs at a time: logits are the widest tensors of all.
+        """
         read = self.stop - first if self.columns is None else self.columns.shape[1]
-        plain = all(self.model.config.n_layers not in part.layers for job in jobs for part in job.parts)
-        most = max(1, int(self.memory_budget / 8 // (4 * self.rows * read * self.model.config.d_vocab)))
+        entries = self.model.config.d_vocab if self.vocab is None else self.vocab.numel()
+        most = max(1, int(self.memory_budget / 8 // (4 * self.rows * read * entries)))
         results: dict[int, dict[str, Tensor]] = {}
         for begin in range(0, len(jobs), most):
             some = jobs[begin : begin + most]
-            part = x[begin * self.rows : (begin + len(some)) * self.rows]
-            logits = self._logits(part, some, first, plain and all(job.hooks is None for job in some))
+            logits = self._logits(x[begin * self.rows :][: len(some) * self.rows], some, first, layer)
             for cell, job in enumerate(some):
                 results[job.index] = self._measured(logits[cell * self.rows : (cell + 1) * self.rows])
         return results
 
-    def _logits(self, x: Tensor, jobs: list[Job], first: int, plain: bool) -> Tensor:
-        """Logits at the columns read, [cells · rows, columns, d_vocab]; columns before the first from the clean run."""
-        assert self.clean is not None, "the clean run comes first"
-        n_layers, cells = self.model.config.n_layers, len(jobs)
-        hooks = None if plain else self._hooks(jobs, n_layers, first)
-        fresh: Tensor
+    def _logits(self, x: Tensor, jobs: list[Job], first: int, layer: int) -> Tensor:
+        """Logits at the columns read, [cells · rows, columns, entries]; columns before the first from the clean run."""
+        n_layers, cells, clean = self.model.config.n_layers, len(jobs), self.start()
         columns = self.columns
         if columns is None:
             columns = torch.arange(self.length, device=x.device).expand(self.rows, -1)
         wanted = columns - first
-        run = self._run(cells, first, self.stop)
-        alike = bool((wanted == wanted[:1]).all())
-        if hooks is not None:  # hooks behind the blocks see every column of the pass
-            logits = self.model(x, hooks=hooks, start_at_layer=n_layers, run=run)
-            local = wanted.clamp_min(0).repeat(cells, 1)[:, :, None].expand(-1, -1, logits.shape[-1])
-            fresh = logits.gather(1, local)
-        elif alike:
-            new = wanted[0][wanted[0] >= 0]
-            fresh = self.model(x, start_at_layer=n_layers, run=run, logits_at=new.expand(x.shape[0], -1))
-            if new.numel() == wanted.shape[1]:
-                return fresh
-            whole = self.clean.logits.repeat(cells, 1, 1)
-            whole[:, wanted[0] >= 0] = fresh
-            return whole
-        else:
-            fresh = self.model(
-                x, start_at_layer=n_layers, run=run, logits_at=wanted.clamp_min(0).repeat(cells, 1)
-            )
-        if bool((wanted >= 0).all()):
+        there = wanted >= 0
+        if bool((wanted == wanted[:1]).all()):
+            wanted = wanted[:, there[0]]
+        wanted = wanted.clamp_min(0).repeat(cells, 1)
+        given = self._pass(cells, first, self.stop) | {
+            "hooks": self._hooks(jobs, [*range(layer, n_layers), n_layers], first),
+            "start_at_layer": layer,
+            "logits_of": self.vocab,
+        }
+        if layer == n_layers:
+            given["kv_cache"] = None
+        if all(job.hooks is None and all(n_layers not in p.layers for p in job.parts) for job in jobs):
+            fresh: Tensor = self.model(x, logits_at=wanted, **given)
+        else:  # hooks behind the blocks see every column of the pass
+            logits = self.model(x, **given)
+            fresh = logits.gather(1, wanted[:, :, None].expand(-1, -1, logits.shape[-1]))
+        if bool(there.all()):
             return fresh
-        return torch.where(
-            (wanted >= 0).repeat(cells, 1)[:, :, None], fresh, self.clean.logits.repeat(cells, 1, 1)
-        )
+        whole = clean.logits.repeat(cells, 1, 1)
+        if fresh.shape[1] < whole.shape[1]:
+            whole[:, there[0]] = fresh
+            return whole
+        return torch.where(there.repeat(cells, 1)[:, :, None], fresh, whole)
 
     def _measured(self, logits: Tensor) -> dict[str, Tensor]:
         """Each metric of the logits of one cell at all columns read."""
@@ -362,3 +319,9 @@ def columns_read(
     most = int(mask.sum(-1).max())
     # rows that read fewer read some others too: every metric finds its own
     return mask.float().topk(most, -1).indices.sort(-1).values
+
+
+def _depends_on_length(model: Transformer) -> bool:
+    """Whether positions mean something else in a longer prompt: LongRoPE changes its factors with the length."""
+    rotary = model.config.rotary
+    return rotary is not None and rotary.scaling is not None and rotary.scaling.kind == "longrope"

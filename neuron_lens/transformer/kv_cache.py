@@ -92,12 +92,12 @@ class KVCache:
         """Absolute position of every column, old and new, [batch, columns]; None while all rows are alike."""
         if new_positions is None and self.positions is None:
             return None
-        device = self.keys[0].device if self.keys else None
         old = self.positions
         if old is None:
-            old = torch.arange(self.length, device=device).expand(self.batch, -1)
+            assert new_positions is not None, "one of them is known"
+            old = torch.arange(self.length, device=new_positions.device).expand(self.batch, -1)
         if new_positions is None:
-            new_positions = (old.amax(-1, keepdim=True) + 1) + torch.arange(new, device=device)
+            new_positions = (old.amax(-1, keepdim=True) + 1) + torch.arange(new, device=old.device)
         return torch.cat((old, new_positions), -1)
 
     def repeat(self, rows: int, *, room: int | None = None) -> KVCache:

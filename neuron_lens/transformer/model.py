@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuron_lens.errors import HookError, RequestError
@@ -84,6 +85,7 @@ class Transformer(nn.Module):
         start_at_layer: int = 0,
         stop_at_layer: int | None = None,
         logits_at: int | Tensor | slice | None = None,
+        logits_of: Tensor | None = None,
         run: Run | None = None,
     ) -> Tensor:
         """Run the model.
@@ -99,17 +101,18 @@ class Transformer(nn.Module):
             logits_at: columns to unembed: an index, a slice, or a long tensor [batch] with one column for each row;
                 None for all. Saves the largest product when only some logits are read, and most of the last block:
                 unless something is hooked there behind its keys and values, it runs for those columns only.
+            logits_of: vocabulary entries [k] to unembed, a long tensor; None for all.
             run: what hooks are told of this pass; made here unless a generation loop has more to tell.
 
         Returns:
-            logits [batch, pos, d_vocab] (pos is the number of columns asked for), or the stream [batch, pos, d_model].
+            logits [batch, pos, d_vocab] (pos and d_vocab as many as were asked for), or the stream [batch, pos, d_model].
 
         Raises:
             RequestError: tokens of a wrong type, shape or range, a prompt that is empty or longer than the
                 context, layers that do not exist, padding that does not fit.
             HookError: a hooked site never fires in this model, or names layers it does not have.
         """
-        stop = self._checked(tokens, pad, kv_cache, start_at_layer, stop_at_layer, run)
+        stop = self._checked(tokens, pad, kv_cache, start_at_layer, stop_at_layer, run, logits_of)
         hooks = _NO_HOOKS if hooks is None else self._checked_hooks(hooks)
         run = run or self._describe(tokens, pad, kv_cache)
         weight = self.embed.weight
@@ -131,7 +134,7 @@ class Transformer(nn.Module):
             return x
         if columns is not None:
             run = run.select_columns(columns.expand(run.batch, -1))
-        return self._unembedded(x, hooks, run)
+        return self._unembedded(x, hooks, run, logits_of)
 
     def _narrows(self, columns: Tensor, run: Run, hooks: TransformerHooks) -> bool:
         """Whether the last block may run for these columns only."""
@@ -151,15 +154,25 @@ class Transformer(nn.Module):
             x = self.embed_norm(x)
         return hooks.resid.post_emb(x, run=run)
 
-    def _unembedded(self, x: Tensor, hooks: TransformerHooks, run: Run) -> Tensor:
-        """The stream leaving the last block -> logits."""
+    def _unembedded(
+        self, x: Tensor, hooks: TransformerHooks, run: Run, logits_of: Tensor | None = None
+    ) -> Tensor:
+        """The stream leaving the last block -> logits, of some vocabulary entries."""
         if self.ln_f is not None:
             x = self.ln_f(x, hooks.resid.ln_f, run=run)
         x = hooks.resid.post_ln_f(x, run=run)
-        logits = self.unembed(x)
+        few = logits_of is not None and not hooks.logits.has_any()  # hooks of the logits see them all
+        logits = self._unembedded_few(x, logits_of) if few else self.unembed(x)
         if self.config.logit_scale != 1.0:
             logits = logits * self.config.logit_scale
-        return hooks.logits(softcap(logits, self.config.logit_softcap), run=run)
+        logits = hooks.logits(softcap(logits, self.config.logit_softcap), run=run)
+        return logits if few or logits_of is None else logits[..., logits_of.to(logits.device)]
+
+    def _unembedded_few(self, x: Tensor, entries: Tensor | None) -> Tensor:
+        """The unembedding's product with some of its rows. entries: vocabulary ids [k]"""
+        assert entries is not None, "asked only when some are named"
+        entries, bias = entries.to(x.device), self.unembed.bias
+        return F.linear(x, self.unembed.weight[entries], None if bias is None else bias[entries])
 
     def _describe(self, tokens: Tensor, pad: Tensor | None, cache: KVCache | None) -> Run:
         ids = tokens if tokens.dim() == 2 else None
@@ -174,6 +187,7 @@ class Transformer(nn.Module):
         start: int,
         stop: int | None,
         run: Run | None,
+        logits_of: Tensor | None,
     ) -> int:
         """Refuse what cannot run; returns the block to stop before."""
         n_layers, config = self.config.n_layers, self.config
@@ -202,6 +216,8 @@ class Transformer(nn.Module):
             cache.check_room(tokens.shape[0], tokens.shape[1])
         if not torch.compiler.is_compiling():
             _check_values(tokens, pad, cache, config)
+            if logits_of is not None:
+                _check_vocabulary(logits_of, config, "logits_of")
         return end
 
     def _checked_hooks(self, hooks: TransformerHooks) -> TransformerHooks:
@@ -254,15 +270,19 @@ def _columns_named(logits_at: int | Tensor | slice, run: Run, device: torch.devi
     return columns.long()
 
 
+def _check_vocabulary(ids: Tensor, config: TransformerConfig, what: str) -> None:
+    low, high = torch.aminmax(ids)
+    if int(low) < 0 or int(high) >= config.d_vocab:
+        wrong = int(low) if int(low) < 0 else int(high)
+        raise RequestError(f"{what} {wrong} is outside the vocabulary of {config.d_vocab}")
+
+
 def _check_values(
     tokens: Tensor, pad: Tensor | None, cache: KVCache | None, config: TransformerConfig
 ) -> None:
     """Refuse ids outside the vocabulary, rows of nothing but padding, and sequences longer than the context."""
     if tokens.dim() == 2:
-        low, high = torch.aminmax(tokens)
-        if int(low) < 0 or int(high) >= config.d_vocab:
-            wrong = int(low) if int(low) < 0 else int(high)
-            raise RequestError(f"token id {wrong} is outside the vocabulary of {config.d_vocab}")
+        _check_vocabulary(tokens, config, "token id")
     longest = tokens.shape[1]
     if pad is not None:
         real = (~pad).sum(-1)

@@ -156,6 +156,21 @@ def test_logits_at_some_columns_are_those_columns(
         assert seen == [10, 10, 10]
 
 
+def test_logits_of_some_vocabulary_entries_are_those_entries(
+    choice: Transformer, tokens: torch.Tensor
+) -> None:
+    entries = torch.tensor([7, 0, 49, 7])
+    whole = choice(tokens)
+    close(choice(tokens, logits_of=entries), whole[..., entries])
+    close(choice(tokens, logits_at=-1, logits_of=entries), whole[:, -1:, entries])
+    seen: list[int] = []
+    hooks = TransformerHooks().append_to_path("logits.fwd", lambda x: seen.append(x.shape[-1]) or x * 2)
+    close(choice(tokens, hooks=hooks, logits_of=entries), 2 * whole[..., entries])
+    assert seen == [50]
+    with pytest.raises(RequestError, match="logits_of 50 is outside the vocabulary"):
+        choice(tokens, logits_of=torch.tensor([50]))
+
+
 def test_logits_at_some_columns_leave_a_whole_cache(choice: Transformer, tokens: torch.Tensor) -> None:
     cache = KVCache(choice.config, 2, capacity=12)
     whole = choice(tokens)
