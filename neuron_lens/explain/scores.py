@@ -4,10 +4,14 @@ The window is what is resampled, because tokens of one window are not independen
 of additive or sortable quantities of windows, so that a thousand resamples cost one matrix product. A window
 without a prediction is missing: it lowers the coverage and enters no figure. A score of what does not vary is
 None.
+
+Intervals are percentile intervals, widened as Hesterberg ("What Teachers Should Know About the Bootstrap", 2015,
+section 4.2: the expanded percentile interval) says, because plain ones are too narrow for few windows.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,8 +28,10 @@ __all__ = [
     "balanced_accuracy",
     "best_threshold",
     "correlation",
+    "from_sums",
     "mean_score",
     "score_all",
+    "share_score",
 ]
 
 Floats = NDArray[np.float64]
@@ -181,6 +187,41 @@ def mean_score(values: Floats, weights: Floats, planned: int, seed: int) -> Scor
     return score.model_copy(update={"n": int(weights.sum()), "coverage": _share(int(used.sum()), planned)})
 
 
+def from_sums(
+    sums: Floats, figure: Callable[[Floats], Floats], *, given: Bools, n: int | None = None, seed: int
+) -> Score:
+    """A figure of sums over windows, with its interval.
+
+    `sums` `[window, quantity]`; windows that are not `given` do not enter. `figure` takes summed quantities
+    `[resample, quantity]` and gives `[resample]`, NaN where there is none. `n`: what the figure rests on (default: the
+    windows).
+    """
+    kept = sums[given]
+    n = int(given.sum()) if n is None else n
+    return _interval_of(
+        lambda weights: figure(weights @ kept), given=given, n=n, resamples=RESAMPLES, seed=seed
+    )
+
+
+def share_score(right: Bools, given: Bools) -> Score:
+    """The share of given windows that are right, with Wilson's interval (1927).
+
+    Not the bootstrap: for few windows with a share near 0 or 1 that covers the truth too rarely, and for none or all
+    right it has no width.
+    """
+    n, planned = int(given.sum()), len(given)
+    coverage = _share(n, planned)
+    if n < 2 or coverage < MINIMUM_COVERAGE:
+        return Score(value=None, low=None, high=None, n=n, n_windows=n, coverage=coverage)
+    share, z = float(right[given].mean()), _Z
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return Score(
+        value=round(share, 6), low=round(max(centre - half, 0.0), 6), high=round(min(centre + half, 1.0), 6),
+        n=n, n_windows=n, coverage=coverage,
+    )  # fmt: skip
+
+
 def _bootstrap(
     predictions: Predictions, sums: Floats, figure: Callable[[Floats], Floats], seed: int
 ) -> Score:
@@ -190,34 +231,55 @@ def _bootstrap(
 def _interval(
     predictions: Predictions, figure: Callable[[Floats], Floats], resamples: int, seed: int
 ) -> Score:
-    """Value and percentile interval of a figure of window weights `[resample, window]`."""
-    n_windows = int(predictions.given.sum())
+    """Value and interval of a figure of window weights `[resample, window]`."""
     n = int(predictions.mask[predictions.given].sum())
-    coverage = _share(n_windows, len(predictions.given))
+    return _interval_of(figure, given=predictions.given, n=n, resamples=resamples, seed=seed)
+
+
+def _interval_of(
+    figure: Callable[[Floats], Floats], *, given: Bools, n: int, resamples: int, seed: int
+) -> Score:
+    n_windows = int(given.sum())
+    coverage = _share(n_windows, len(given))
+    none = Score(value=None, low=None, high=None, n=n, n_windows=n_windows, coverage=coverage)
     if n_windows < 2 or coverage < MINIMUM_COVERAGE:
-        return _no_score(predictions)
+        return none
     value = float(figure(np.ones((1, n_windows)))[0])
-    random = np.random.default_rng(seed)
-    weights = random.multinomial(n_windows, np.full(n_windows, 1 / n_windows), size=resamples).astype(
-        np.float64
-    )
-    resampled = figure(weights)
+    resampled = figure(_resample_weights(n_windows, resamples, seed))
     resampled = resampled[np.isfinite(resampled)]
     if not np.isfinite(value) or len(resampled) < resamples / 2:
-        return _no_score(predictions)
-    low, high = np.quantile(resampled, [0.025, 0.975])
+        return none
+    tail = _tail(n_windows)
+    low, high = np.quantile(resampled, [tail, 1 - tail])
     return Score(
         value=round(value, 6), low=round(float(low), 6), high=round(float(high), 6),
         n=n, n_windows=n_windows, coverage=coverage,
     )  # fmt: skip
 
 
+_Z = 1.959964  # 97.5 % quantile of the normal distribution
+
+
+@lru_cache
+def _tail(n: int) -> float:
+    """The share of resamples below the interval: that of the normal distribution below -t sqrt(n / (n - 1)).
+
+    t is Student's 97.5 % quantile for n - 1 degrees of freedom (Cornish-Fisher expansion, Abramowitz & Stegun 26.7.5).
+    """
+    z, free = _Z, max(n - 1, 1)
+    t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * free**3)
+    return 0.5 * math.erfc(t * math.sqrt(n / free) / math.sqrt(2))
+
+
 @lru_cache(maxsize=16)
 def _resample_weights(n_windows: int, resamples: int, seed: int) -> Floats:
-    """How often each resample draws each window, `[resample, window]`."""
+    """How often each resample draws each window, `[resample, window]`; not to be written to."""
     random = np.random.default_rng(seed)
     counts = random.multinomial(n_windows, np.full(n_windows, 1 / n_windows), size=resamples)
-    return counts.astype(np.float64)
+    weights = counts.astype(np.float64)
+    weights.flags.writeable = False
+    return weights
 
 
 def _no_score(predictions: Predictions) -> Score:

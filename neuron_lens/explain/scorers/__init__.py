@@ -1,0 +1,76 @@
+"""Scorers: how well an explanation tells what a unit does, with intervals, coverage and controls. See `base`.
+
+detection         does it fire anywhere in this text?                          any chat judge
+fuzzing           are these the tokens it fires at?                            any chat judge
+intruder          in which of these texts does it not fire?                    any chat judge
+simulation        how strongly does it fire at each token?                     any chat judge, or prompt_logprobs
+attention_pairs   does the head act from this token on that one?               any chat judge; heads
+causal            are these its effects on the prediction?                     any chat judge, and the model itself
+surprisal         is the text likelier, knowing the explanation?               prompt_logprobs
+embedding         is the text nearer to the explanation?                       an embedder, no judge
+"""
+
+from __future__ import annotations
+
+from neuron_lens.errors import RequestError, did_you_mean
+from neuron_lens.explain.scorers.attention_pairs import AttentionPairsScorer
+from neuron_lens.explain.scorers.base import (
+    NULL_EXPLANATION,
+    BaseScorer,
+    QuantileScore,
+    Scorer,
+    ScorerControl,
+    ScorerResult,
+)
+from neuron_lens.explain.scorers.causal import Causal, Effect, Effects
+from neuron_lens.explain.scorers.detection import Detection
+from neuron_lens.explain.scorers.embedding import BagOfWords, Embedder, Embedding, SentenceTransformer
+from neuron_lens.explain.scorers.fuzzing import Fuzzing
+from neuron_lens.explain.scorers.intruder import Intruder
+from neuron_lens.explain.scorers.simulation import Simulation
+from neuron_lens.explain.scorers.surprisal import Surprisal
+
+__all__ = [
+    "NULL_EXPLANATION",
+    "SCORERS",
+    "AttentionPairsScorer",
+    "BagOfWords",
+    "BaseScorer",
+    "Causal",
+    "Detection",
+    "Effect",
+    "Effects",
+    "Embedder",
+    "Embedding",
+    "Fuzzing",
+    "Intruder",
+    "QuantileScore",
+    "Scorer",
+    "ScorerControl",
+    "ScorerResult",
+    "SentenceTransformer",
+    "Simulation",
+    "Surprisal",
+    "scorer_named",
+]
+
+SCORERS: dict[str, type[BaseScorer]] = {
+    scorer.name: scorer
+    for scorer in (
+        Detection,
+        Fuzzing,
+        Intruder,
+        Simulation,
+        AttentionPairsScorer,
+        Causal,
+        Surprisal,
+        Embedding,
+    )
+}
+
+
+def scorer_named(name: str) -> type[BaseScorer]:
+    """The scorer of that name. Raises RequestError for one there is not."""
+    if name not in SCORERS:
+        raise RequestError(f"there is no scorer {name!r}; {did_you_mean(name, SCORERS)}")
+    return SCORERS[name]

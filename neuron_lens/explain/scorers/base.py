@@ -1,0 +1,273 @@
+"""What a scorer is: evidence and an explanation in, figures with intervals, coverage and controls out.
+
+Every scorer asks the same questions three times over: with the explanation; with another unit's (or, where none is
+given, with one that says nothing); and, without asking, with the first answers dealt to other examples at random. A
+score means something only as far as it stands above these two.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from pydantic import Field, NonNegativeInt
+
+from neuron_lens.errors import RequestError
+from neuron_lens.explain.evidence import PARTS, Evidence, PartName
+from neuron_lens.explain.explainers.base import described
+from neuron_lens.explain.plan import Answer, Plan, carry_out, missing_kinds
+from neuron_lens.explain.result import Score
+from neuron_lens.explain.scorers.outcome import Outcome
+from neuron_lens.llm import Backend, require
+from neuron_lens.records import Record
+
+__all__ = ["NULL_EXPLANATION", "BaseScorer", "QuantileScore", "Scorer", "ScorerControl", "ScorerResult"]
+
+NULL_EXPLANATION = "no particular pattern: any token of any text, at random"
+
+
+class ScorerControl(Record):
+    """The same scores for what should not work.
+
+    "another_unit": another unit's explanation; "null": one that says nothing; "shuffled": this explanation's
+    predictions dealt to other examples at random (no calls).
+    """
+
+    name: Literal["another_unit", "null", "shuffled"]
+    sentence: str | None
+    scores: dict[str, Score]
+
+
+class QuantileScore(Record):
+    """The headline figure on the firing windows of one stratum (largest activation in [low, high)) against all
+    silent windows; for judgements of yes and no the recall in the stratum."""
+
+    index: NonNegativeInt
+    low: float
+    high: float
+    score: Score
+
+
+class ScorerResult(Record):
+    """What one scorer says of one explanation.
+
+    Attributes:
+        headline: the name of the figure to rank explanations by; higher is better, and None is below all.
+        chance: what the headline comes to for an explanation that says nothing.
+        scores: figures by name.
+        prompt: version of the prompt file; backend: who judged; method: what of it was used, where there is a choice.
+        calls: planned, for the explanation alone; missing: how many gave nothing, by kind.
+        notes: what the reader must know.
+    """
+
+    scorer: str
+    part: PartName
+    explanation: str
+    headline: str
+    chance: float
+    scores: dict[str, Score]
+    controls: tuple[ScorerControl, ...]
+    quantiles: tuple[QuantileScore, ...] = ()
+    prompt: str = ""
+    backend: str = ""
+    method: str = ""
+    seed: int = 0
+    calls: NonNegativeInt = 0
+    missing: dict[str, int] = Field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def score(self) -> Score:
+        """The headline figure."""
+        return self.scores[self.headline]
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Evidence and an explanation in, figures out."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def part(self) -> PartName: ...
+
+    def plan(
+        self,
+        evidence: Evidence,
+        explanation: str,
+        backend: Backend | None,
+        *,
+        seed: int,
+        others: Sequence[str] = (),
+    ) -> Plan[ScorerResult]:
+        """The calls it takes, and the result they give. `others`: explanations of other units, for the control.
+
+        Raises BackendError when the backend cannot do it, and RequestError when the evidence lacks what it needs.
+        """
+        ...
+
+    def score(
+        self,
+        evidence: Evidence,
+        explanation: str,
+        backend: Backend | None,
+        *,
+        seed: int,
+        others: Sequence[str] = (),
+    ) -> ScorerResult:
+        """The result, asked for now."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseScorer(ABC):
+    """Base of the scorers.
+
+    Args:
+        part: the part scored on; "validation" to choose among explanations, "test" to report.
+        controls: also score an explanation that should fail (twice the calls), and shuffled predictions (no calls).
+    """
+
+    name: ClassVar[str]
+    headline: ClassVar[str]
+    chance: ClassVar[float]
+    needs: ClassVar[tuple[str, ...]] = ("chat",)
+
+    part: PartName = "test"
+    controls: bool = True
+
+    def __post_init__(self) -> None:
+        if self.part not in PARTS:
+            raise RequestError(
+                f"the scorer {self.name!r} was given the part {self.part!r}; known: {', '.join(PARTS)}"
+            )
+        for name, value in vars(self).items():
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+                raise RequestError(f"the scorer {self.name!r} was given {name}={value}; it is at least 1")
+
+    def plan(
+        self,
+        evidence: Evidence,
+        explanation: str,
+        backend: Backend | None,
+        *,
+        seed: int,
+        others: Sequence[str] = (),
+    ) -> Plan[ScorerResult]:
+        """See `Scorer.plan`."""
+        if not explanation.strip():
+            raise RequestError(f"the scorer {self.name!r} was given an empty explanation of {evidence.unit}")
+        self.check(evidence, backend)
+        kind, control = _control_sentence(explanation, others, seed)
+        sentences = [explanation, control] if self.controls else [explanation]
+        asked = [self.ask(evidence, sentence, backend, seed) for sentence in sentences]
+        calls = len(asked[0].calls)
+        joined = Plan.joined(asked)
+
+        def read(answers: Sequence[Answer]) -> ScorerResult:
+            outcomes = joined.read(answers)
+            controls = []
+            if self.controls:
+                dealt = self.figures(outcomes[0].shuffled(seed), evidence, seed)
+                controls = [
+                    ScorerControl(
+                        name=kind, sentence=control, scores=self.figures(outcomes[1], evidence, seed)
+                    ),
+                    ScorerControl(name="shuffled", sentence=None, scores=dealt),
+                ]
+            return ScorerResult(
+                scorer=self.name,
+                part=self.part,
+                explanation=explanation,
+                headline=self.headline,
+                chance=self.chance_level(),
+                scores=self.figures(outcomes[0], evidence, seed),
+                controls=tuple(controls),
+                quantiles=self._quantiles(outcomes[0], evidence, seed),
+                prompt=self.prompt(backend),
+                backend=described(backend),
+                method=self.method(backend),
+                seed=seed,
+                calls=calls,
+                missing=missing_kinds(answers[:calls]),
+                notes=self.notes(outcomes[0], evidence),
+            )
+
+        return Plan(joined.calls, read)
+
+    def score(
+        self,
+        evidence: Evidence,
+        explanation: str,
+        backend: Backend | None,
+        *,
+        seed: int,
+        others: Sequence[str] = (),
+    ) -> ScorerResult:
+        """See `Scorer.score`."""
+        plan = self.plan(evidence, explanation, backend, seed=seed, others=others)
+        return carry_out(backend, [plan])[0]
+
+    def check(self, evidence: Evidence, backend: Backend | None) -> None:
+        """Refuse what cannot be done: raise BackendError or RequestError."""
+        if backend is None:
+            raise RequestError(
+                f"the scorer {self.name!r} asks a judge: give it a backend (see neuron_lens.llm)"
+            )
+        require(backend, self.needs, f"the scorer {self.name!r}")
+
+    @abstractmethod
+    def ask(self, evidence: Evidence, explanation: str, backend: Backend | None, seed: int) -> Plan[Outcome]:
+        """The calls for one explanation; the same examples for every explanation of one unit and seed."""
+
+    @abstractmethod
+    def figures(self, outcome: Outcome, evidence: Evidence, seed: int) -> dict[str, Score]:
+        """The figures by name; `headline` is among them."""
+
+    def quantile_figure(self, outcome: Outcome, evidence: Evidence, seed: int) -> Score:
+        """The figure of one stratum; `outcome` holds its firing windows and all silent ones."""
+        return self.figures(outcome, evidence, seed)[self.headline]
+
+    def chance_level(self) -> float:
+        """What the headline comes to for an explanation that says nothing."""
+        return self.chance
+
+    def prompt(self, backend: Backend | None) -> str:
+        """The version of the prompt used."""
+        return ""
+
+    def method(self, backend: Backend | None) -> str:
+        """What was used, where there is a choice."""
+        return ""
+
+    def notes(self, outcome: Outcome, evidence: Evidence) -> tuple[str, ...]:
+        """What the reader must know."""
+        return ()
+
+    def _quantiles(self, outcome: Outcome, evidence: Evidence, seed: int) -> tuple[QuantileScore, ...]:
+        strata = {stratum.index: stratum for stratum in evidence.part(self.part).strata}
+        found = sorted(
+            {s for s, fires in zip(outcome.stratum, outcome.fires, strict=True) if fires and s is not None}
+        )
+        return tuple(
+            QuantileScore(
+                index=index,
+                low=strata[index].low,
+                high=strata[index].high,
+                score=self.quantile_figure(outcome.of_stratum(index), evidence, seed),
+            )
+            for index in found
+        )
+
+
+def _control_sentence(
+    explanation: str, others: Sequence[str], seed: int
+) -> tuple[Literal["another_unit", "null"], str]:
+    """One of the other explanations, drawn; the empty one where there is none that differs."""
+    different = [other for other in others if other.strip() and other != explanation]
+    if not different:
+        return "null", NULL_EXPLANATION
+    return "another_unit", different[int(np.random.default_rng([seed, 3]).integers(len(different)))]

@@ -1,0 +1,65 @@
+"""Yes or no for each of some texts, several texts a call: the form detection, fuzzing and causal scoring share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from neuron_lens.explain.plan import Answer, Plan
+from neuron_lens.llm import Missing, Prompt, Request, StructuredRequest
+
+__all__ = ["YesOrNo", "ask_in_batches", "expecting"]
+
+_TOKENS_AN_ANSWER, _TOKENS_AROUND = 8, 64
+
+
+class YesOrNo(BaseModel):
+    """One answer a text, in order."""
+
+    model_config = ConfigDict(extra="forbid")
+    answers: list[bool]
+
+
+def ask_in_batches(
+    prompt: Prompt, texts: Sequence[str], batch: int, render: Callable[[Sequence[str]], dict[str, Any]]
+) -> Plan[list[float | None]]:
+    """1 (yes), 0 (no) or None (missing) for each text; `render` gives the prompt's slots for some of the texts.
+
+    The last batch may be smaller than the others.
+    """
+    batches = [texts[begin : begin + batch] for begin in range(0, len(texts), batch)]
+    calls = tuple(
+        StructuredRequest(
+            request=Request(
+                messages=prompt.messages(**render(some)),
+                max_tokens=_TOKENS_AROUND + _TOKENS_AN_ANSWER * len(some),
+                prompt_version=prompt.version,
+            ),
+            shape=YesOrNo,
+            check=expecting(len(some), "answers"),
+            name="answers",
+        )
+        for some in batches
+    )
+
+    def read(answers: Sequence[Answer]) -> list[float | None]:
+        found: list[float | None] = []
+        for some, answer in zip(batches, answers, strict=True):
+            missing = isinstance(answer, Missing)
+            found += [None] * len(some) if missing else [float(value) for value in answer.answers]
+        return found
+
+    return Plan(calls, read)
+
+
+def expecting(count: int, field: str) -> Callable[[Any], None]:
+    """A check that a list has one entry for each text."""
+
+    def check(answer: Any) -> None:
+        given = len(getattr(answer, field))
+        if given != count:
+            raise ValueError(f"expected {count} {field}, one for each text; got {given}")
+
+    return check

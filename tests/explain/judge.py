@@ -1,0 +1,190 @@
+"""A judge that applies the rule an explanation names, and guesses (by a hash) where it names none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from neuron_lens.explain.puzzles import Rule, puzzles, tokens_of
+from neuron_lens.explain.scorers import Effect
+from neuron_lens.llm import Request, Response, ScriptedBackend, TokenLogprob, TokenLogprobs
+from neuron_lens.records import Unit
+
+RULES: dict[str, Rule] = {puzzle.explanation: puzzle.rule for puzzle in puzzles()}
+
+
+def guess(*what: object) -> float:
+    """A number from 0 to 1 that depends on nothing but what is asked."""
+    digest = hashlib.blake2b(repr(what).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) / 2**64
+
+
+@dataclass(frozen=True)
+class RuleJudge:
+    """Answers every prompt of the package. `salt` makes other guesses."""
+
+    salt: int = 0
+
+    def __call__(self, request: Request) -> str | Response:
+        kind = request.prompt_version.split("@")[0]
+        return getattr(self, kind)(request)
+
+    def detection(self, request: Request) -> str:
+        rule, texts, asked = _parts(request)
+        return _answers(
+            any(rule.fires(tokens_of(text))) if rule else self._guess(asked, text) > 0.5 for text in texts
+        )
+
+    def fuzzing(self, request: Request) -> str:
+        rule, texts, asked = _parts(request)
+        marks = re.search(r"The marks are (\S+) and (\S+)\.", request.texts[-1])
+        assert marks is not None
+        return _answers(
+            _right_marks(text, rule, marks[1], marks[2]) if rule else self._guess(asked, text) > 0.5
+            for text in texts
+        )
+
+    def intruder(self, request: Request) -> str:
+        rule, texts, asked = _parts(request)
+        silent = [
+            number for number, text in enumerate(texts, 1) if rule and not any(rule.fires(tokens_of(text)))
+        ]
+        choices = silent or list(range(1, len(texts) + 1))
+        return json.dumps({"intruder": choices[int(self._guess(asked, texts) * len(choices))]})
+
+    def causal(self, request: Request) -> str:
+        rule, _, asked = _parts(request)
+        records = [json.loads(line) for line in re.findall(r"^\d+: (\{.*)$", request.texts[-1], re.MULTILINE)]
+        return _answers(
+            any(rule.fires(tokens_of(one["text"]))) if rule else self._guess(asked, one) > 0.5
+            for one in records
+        )
+
+    def simulation_text(self, request: Request) -> str:
+        rule, _, asked = _parts(request)
+        tokens = json.loads(request.texts[-1].split("): ", 1)[1])
+        return json.dumps({"activations": self._levels(rule, asked, tokens)})
+
+    def simulation_all_at_once(self, request: Request) -> Response:
+        assert request.prompt is not None
+        asked = request.prompt.rsplit("Description: ", 1)[1].split("\n")[0]
+        table = request.prompt.rsplit("<start>\n", 1)[1].removesuffix("\n<end>")
+        tokens = [line.removesuffix("\tunknown") for line in table.split("\n")]
+        levels = iter(self._levels(RULES.get(asked), asked, tokens))
+        pieces = re.findall(r"unknown|\w+|\s|[^\w\s]", request.prompt)
+        before = len(pieces) - len(re.findall(r"unknown|\w+|\s|[^\w\s]", table + "\n<end>"))
+        prompt_tokens = tuple(
+            _about(piece, next(levels) if piece == "unknown" and place >= before else None)
+            for place, piece in enumerate(pieces)
+        )
+        return Response(text="", prompt_tokens=prompt_tokens)
+
+    def surprisal(self, request: Request) -> Response:
+        assert request.prompt is not None
+        head, text = request.prompt.rsplit("\n\nText: ", 1)
+        asked = head.rsplit("Property: ", 1)[1]
+        rule = RULES.get(asked)
+        fits = any(rule.fires(tokens_of(text))) if rule else False
+        logprob = -3.0 + 0.5 * fits + 0.2 * self._guess(asked, text)
+        tokens = tokens_of(request.prompt)
+        return Response(
+            text="", prompt_tokens=tuple(TokenLogprobs(token=token, logprob=logprob) for token in tokens)
+        )
+
+    def _levels(self, rule: Rule | None, asked: str, tokens: Sequence[str]) -> list[int]:
+        if rule is None:
+            return [math.floor(11 * self._guess(asked, place, *tokens)) for place in range(len(tokens))]
+        return [8 if fires else 0 for fires in rule.fires(tokens)]
+
+    def _guess(self, *what: object) -> float:
+        return guess(self.salt, *what)
+
+
+def rule_judge(salt: int = 0, **options: Any) -> ScriptedBackend:
+    """The judge as a backend."""
+    return ScriptedBackend(RuleJudge(salt), name=f"rules {salt}", **options)
+
+
+class RuleEmbedder:
+    """One direction a rule: a text points along those that fire in it, an explanation along its own."""
+
+    name = "rules"
+    instructed = False
+
+    def __call__(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        return np.array(
+            [
+                [
+                    float(sentence == text or any(rule.fires(tokens_of(text))))
+                    for sentence, rule in RULES.items()
+                ]
+                if text not in RULES
+                else [float(sentence == text) for sentence in RULES]
+                for text in texts
+            ]
+        )
+
+
+def planted_effects(unit: Unit) -> list[Effect]:
+    """What steering a puzzle's unit would do: its own tokens become likelier."""
+    puzzle = puzzles()[unit.index]
+    evidence = puzzle.evidence()
+    return [
+        Effect(
+            kind="steer" if number % 2 else "ablate",
+            text="".join(window.tokens),
+            raised=tuple(
+                token
+                for token, fires in zip(window.tokens, puzzle.rule.fires(window.tokens), strict=True)
+                if fires
+            ),
+            lowered=(),
+        )
+        for number, window in enumerate(evidence.test.firing(evidence.firing_threshold)[:25])
+    ]
+
+
+def _parts(request: Request) -> tuple[Rule | None, list[str], str]:
+    text = request.texts[-1]
+    found = re.search(r"^Description: (.*)$", text, re.MULTILINE)
+    assert found is not None
+    texts = [json.loads(line) for line in re.findall(r'^\d+: (".*")$', text, re.MULTILINE)]
+    return RULES.get(found[1]), texts, found[1]
+
+
+def _right_marks(text: str, rule: Rule, begin: str, end: str) -> bool:
+    parts = re.split(f"({re.escape(begin)}|{re.escape(end)})", text)
+    tokens: list[str] = []
+    said: list[bool] = []
+    inside = False
+    for part in parts:
+        if part in (begin, end):
+            inside = part == begin
+            continue
+        found = tokens_of(part)
+        tokens += found
+        said += [inside] * len(found)
+    return rule.fires(tokens) == said
+
+
+def _answers(values: Any) -> str:
+    return json.dumps({"answers": [bool(value) for value in values]})
+
+
+@lru_cache(maxsize=4096)
+def _about(piece: str, level: int | None) -> TokenLogprobs:
+    """A token whose likeliest alternatives are numbers around `level`."""
+    if level is None:
+        return TokenLogprobs(token=piece, logprob=-1.0)
+    near = {level: 0.8, max(level - 1, 0): 0.1, min(level + 1, 10): 0.05}
+    top = [TokenLogprob(token=str(value), logprob=math.log(share)) for value, share in near.items()]
+    return TokenLogprobs(token=piece, logprob=-5.0, top=(*top, TokenLogprob(token=piece, logprob=-5.0)))
