@@ -152,6 +152,7 @@ def jacobian_rows(
     layers: Iterable[int] | int | None = None,
     pad: Tensor | None = None,
     hooks: TransformerHooks | None = None,
+    at_once: int | None = None,
 ) -> dict[Place, Tensor]:
     """Rows of the Jacobian of one activation with respect to others, all from one forward pass.
 
@@ -160,13 +161,16 @@ def jacobian_rows(
         rows: entries of it behind the batch axis, such as (pos, unit) or (pos, head, unit). Each batch row gives the
             Jacobian of its own entry.
         sites, layers: with respect to what.
+        at_once: how many rows one backward pass takes together, which bounds its memory; None: all.
 
     Returns:
         dict: by (site, layer), [rows, *axes of the site].
 
     Raises:
-        RequestError: an entry outside the activation.
+        RequestError: an entry outside the activation, or at_once below 1.
     """
+    if at_once is not None and at_once < 1:
+        raise RequestError(f"a backward pass takes at least one row, got at_once={at_once}")
     tree = hooks.copy() if hooks is not None else TransformerHooks()
     keeper = _keeper(tree, of)
     # backward of the fused kernel cannot be batched; the explicit path can
@@ -182,16 +186,23 @@ def jacobian_rows(
             )
         vectors[index].movedim(0, -1)[tuple(map(int, entry))] = 1
     places = list(kept)
-    zeros = {key: kept[key].new_zeros(len(rows), *kept[key].shape) for key in places}
+    zeros = {place: kept[place].new_zeros(len(rows), *kept[place].shape) for place in places}
     if not value.requires_grad or not rows:
         return zeros
-    found = torch.autograd.grad(
-        value, [kept[key] for key in places], vectors, is_grads_batched=True, allow_unused=True
-    )
-    return {
-        place: zeros[place] if gradient is None else gradient
-        for place, gradient in zip(places, found, strict=True)
-    }
+    found: dict[Place, list[Tensor]] = {place: [] for place in places}
+    parts = vectors.split(at_once or len(rows))
+    for index, part in enumerate(parts):
+        gradients = torch.autograd.grad(
+            value,
+            [kept[place] for place in places],
+            part,
+            is_grads_batched=True,
+            allow_unused=True,
+            retain_graph=index + 1 < len(parts),
+        )
+        for place, gradient in zip(places, gradients, strict=True):
+            found[place] += [] if gradient is None else [gradient]
+    return {place: torch.cat(found[place]) if found[place] else zeros[place] for place in places}
 
 
 def traced_run(
