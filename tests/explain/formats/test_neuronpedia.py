@@ -218,7 +218,7 @@ def test_an_export_holds_what_the_batch_does(
     if texts:
         path = folder.write(0, texts)
         assert list(folder.activations()) == list(texts)
-        written = [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
+        written = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
         assert all(row.keys() == ExportActivation.model_fields.keys() for row in written)
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from report.samples import unit_result
 
 from explain.test_evidence import evidence, statistics, window
-from neuron_lens.errors import RequestError
+from neuron_lens.errors import CheckpointError, RequestError
 from neuron_lens.explain.evidence import Part, strata_of
 from neuron_lens.explain.formats.openai_json import write_record
 from neuron_lens.explain.formats.openai_paths import DATASETS, PUBLIC_ROOT, PublishedTree
@@ -147,3 +150,24 @@ def test_units_that_were_not_published_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(RequestError, match=said):
             wrong()
+
+
+def test_the_tree_is_read_from_a_web_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEURON_LENS_CACHE", str(tmp_path / "cache"))
+    results = simulation_results(unit_result())
+    PublishedTree(tmp_path / "site").write(results)
+    handler = partial(QuietHandler, directory=str(tmp_path / "site"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        tree = PublishedTree(f"http://127.0.0.1:{server.server_port}")
+        assert tree.simulation_results(2, 17) == results
+        with pytest.raises(CheckpointError, match="there is no file http"):
+            tree.neuron_record(2, 17)
+        server.shutdown()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    """Serves a folder, and says nothing."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""
