@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -35,6 +36,7 @@ class ActivationCache(MutableMapping[str, Any]):
     def __init__(self, values: dict[str, Any] | None = None) -> None:
         self._values: dict[str, Any] = dict(values or {})
         self._aggregations: dict[str, Aggregation] = {}
+        self._waiting: list[ActivationCache] | None = None
 
     def __getitem__(self, key: str) -> Any:
         known = self._found(key)
@@ -115,13 +117,34 @@ class ActivationCache(MutableMapping[str, Any]):
     def cat(self, other: ActivationCache) -> Self:
         """Join another batch to this one in place; an empty cache takes over the other. Returns self.
 
-        For many batches use `join`, which copies each tensor once. Raises RequestError as `join` does.
+        For many batches use `join` or `deferred_mode`, which copy each tensor once. Raises RequestError as `join` does.
         """
+        if self._waiting is not None:
+            self._waiting.append(other)
+            return self
         if self.is_empty():
             self._values = {**self._values, **other._values}
             return self
         self._values = _joined([self, other], self._aggregations)
         return self
+
+    @contextmanager
+    def deferred_mode(self) -> Iterator[Self]:
+        """Within the block `cat` only collects; what was collected is joined, each tensor copied once, when it ends.
+
+        After an exception the cache is as it was before.
+        """
+        if self._waiting is not None:
+            raise RequestError("deferred_mode is on already: end the block before another")
+        self._waiting = []
+        try:
+            yield self
+            waiting, self._waiting = self._waiting, None
+            given: list[ActivationCache] = [*([] if self.is_empty() else [self]), *waiting]
+            if given:
+                self._values = {**self._values, **_joined(given, self._aggregations)}
+        finally:
+            self._waiting = None
 
     @classmethod
     def join(

@@ -12,6 +12,7 @@ from neuron_lens.errors import RequestError
 from neuron_lens.faces.hooked_model.cache import ActivationCache
 from neuron_lens.faces.hooked_model.extraction_config import ExtractionConfig
 from neuron_lens.faces.hooked_model.inputs import MODEL_INPUTS, MULTIMODAL
+from neuron_lens.faces.hooked_model.queries import query_rows
 from neuron_lens.faces.hooked_model.store import ActivationSaver
 from neuron_lens.faces.hooked_model.stored import CacheWriter, StoredCache, jsonable
 
@@ -25,6 +26,8 @@ BatchSaver = Callable[[dict[str, Any]], Mapping[str, Any] | None]
 OPTIONS = ("pivot_positions", "split_positions", "vocabulary_index")
 # Options of one forward that mean nothing for a whole data set.
 REFUSED = ("external_cache", "batch_idx")
+# Options that are requests, kept in the metadata when they are given.
+QUERIES = ("ablation_queries", "patching_queries")
 
 
 def split_batch(batch: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
@@ -78,6 +81,12 @@ def extract(
         "target_token_positions": jsonable(list(target_token_positions)),
         "extraction_config": jsonable(config),
         "interventions": jsonable(list(options.get("interventions") or [])),
+        "pivot_positions": jsonable(options.get("pivot_positions", options.get("split_positions"))),
+        **{
+            name: jsonable(query_rows(options[name], name))
+            for name in QUERIES
+            if options.get(name) is not None
+        },
     }
     if options.get("interventions") is not None:  # read once for every batch
         options["interventions"] = list(options["interventions"])

@@ -13,7 +13,8 @@ from neuron_lens.faces.hooked_model.cache import ActivationCache
 from neuron_lens.faces.hooked_model.config import HookedModelConfig
 from neuron_lens.faces.hooked_model.extraction_config import ExtractionConfig
 from neuron_lens.faces.hooked_model.forward import Forward, gradient_targets
-from neuron_lens.faces.hooked_model.inputs import as_tokens, padded
+from neuron_lens.faces.hooked_model.inputs import as_tokens
+from neuron_lens.faces.hooked_model.not_offered import NotOffered
 from neuron_lens.faces.hooked_model.requests import Batch, Intervention
 from neuron_lens.faces.hooked_model.user_hooks import UserHook
 from neuron_lens.transformer import Transformer
@@ -29,18 +30,23 @@ __all__ = ["HookedModel"]
 LAST = ("last",)
 
 
-class HookedModel:
+class HookedModel(NotOffered):
     """A model to which requests are made. The engine's model stays as it is; registered hooks and interventions live here.
 
     Args:
-        model: a loaded `Transformer`.
+        model: a loaded `Transformer`, or a configuration that says which to load.
         config: how it was loaded; None for the defaults.
     """
 
-    def __init__(self, model: Transformer, config: HookedModelConfig | None = None) -> None:
+    def __init__(
+        self, model: Transformer | HookedModelConfig, config: HookedModelConfig | None = None
+    ) -> None:
+        if isinstance(model, HookedModelConfig) and config is None:
+            config, model = model, _loaded(model)
         if not isinstance(model, Transformer):
             raise RequestError(
-                f"HookedModel takes a Transformer; for names use HookedModel.from_pretrained; got {model!r:.60}"
+                f"HookedModel takes a Transformer or a HookedModelConfig; for names use HookedModel.from_pretrained; got "
+                f"{model!r:.60}"
             )
         self.model = model
         self.config = config or HookedModelConfig(model_name=model.config.name or "unnamed")
@@ -65,8 +71,7 @@ class HookedModel:
             config = source
         else:
             config = HookedModelConfig(model_name=str(source), **options)
-        model = Transformer.load(config.model_name, device=config.device(), dtype=config.torch_dtype)
-        return cls(model, config)
+        return cls(_loaded(config), config)
 
     def forward(
         self,
@@ -166,6 +171,7 @@ class HookedModel:
         return_text: bool = False,
         *,
         pivot_positions: Sequence[Any] | None = None,
+        split_positions: Sequence[Any] | None = None,
         extraction_config: ExtractionConfig | None = None,
         interventions: Iterable[Any] | None = None,
         ablation_queries: Any = None,
@@ -176,47 +182,27 @@ class HookedModel:
         Args:
             generation_config: options of `neuron_lens.transformer.sampling.stream`: max_new_tokens, temperature, seed, ….
             target_token_positions: extract at these positions of the prompt; None extracts nothing.
+            extraction_config: what to extract there; None for the logits. Logits take one more pass over the prompts, in
+                which hooks run too.
             return_text: texts in place of `Generation`s.
 
         Returns:
             A list with one `Generation` (or text) for each row; with target positions, {"generation_output":
             that, "cache": cache}.
         """
-        options = dict(generation_config or {})
-        if "hooks" in options:
-            raise RequestError(
-                "hooks are given by interventions and register_forward_hook, not in generation_config"
-            )
-        given = self._batch(inputs, pivot_positions, None)
-        rows = [
-            row.tolist() if given.pad is None else row[~given.pad[i]].tolist()
-            for i, row in enumerate(given.tokens)
-        ]
-        tokens, pad = padded(rows, "left")  # as generation lays prompts out
-        device = given.tokens.device
-        batch = Batch(
-            tokens.to(device),
-            None if pad is None else pad.to(device),
-            given.pivots,
-            given.tokenizer,
-            given.seed,
-        )
-        prepared = self._prepared(
-            batch,
-            LAST if target_token_positions is None else target_token_positions,
-            extraction_config or ExtractionConfig(save_logits=False),
+        from neuron_lens.faces.hooked_model.generation import generate
+
+        return generate(
+            self,
+            self._batch(inputs, pivot_positions, split_positions),
+            dict(generation_config or {}),
+            target_token_positions,
+            return_text,
+            extraction_config,
             interventions=interventions,
             ablation_queries=ablation_queries,
             patching_queries=patching_queries,
         )
-        if prepared.config.keep_gradient:
-            raise RequestError("generation computes no gradients: use forward with keep_gradient=True")
-        generated = self.model.sample(rows, hooks=prepared.tree, **options)
-        assert isinstance(generated, list), "a list of prompts gives a list"
-        output: list[Any] = [one.text for one in generated] if return_text else generated
-        if target_token_positions is None:
-            return output
-        return {"generation_output": output, "cache": prepared.collected(None)}
 
     def extract_cache(
         self,
@@ -330,9 +316,9 @@ class HookedModel:
         """False: models here read text only."""
         return False
 
-    def get_processor(self) -> Any:
-        """Raises RequestError: processors belong to multimodal models, which are not offered."""
-        raise RequestError("this model reads text only and has no processor; use get_tokenizer()")
+    def eval(self) -> HookedModel:
+        """Itself: the model is always evaluated, never trained here."""
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -367,6 +353,11 @@ class HookedModel:
             user_hooks=self._user_hooks,
             **options,
         )
+
+
+def _loaded(config: HookedModelConfig) -> Transformer:
+    model: Transformer = Transformer.load(config.model_name, device=config.device(), dtype=config.torch_dtype)
+    return model
 
 
 def _moved_means(cache: ActivationCache, running: ActivationCache) -> ActivationCache:

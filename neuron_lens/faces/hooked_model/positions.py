@@ -129,7 +129,8 @@ def resolve_positions(
         request: the groups: names of the grammar (with or without a leading @), ints, spans (start, end) with end
             excluded and None for an open end, lists of ints, `TokenText`.
         tokens: [batch, pos]. pad: true where a column is padding.
-        pivot_positions: where `inputs-partition-k` cuts: a list of positions for all rows, or one such list a row.
+        pivot_positions: where `inputs-partition-k` cuts: a list for all rows, or one such list a row, each entry a position, a
+            name of the grammar with @ (its first position), or token text (its first occurrence).
         tokenizer: needed for texts, special tokens and image markers.
         seed: of the random names; a row's draw depends on the seed, the name and its own tokens only.
 
@@ -177,7 +178,7 @@ class _Row:
 
     index: int
     ids: tuple[int, ...]
-    pivots: tuple[int, ...] | None
+    pivots: tuple[Any, ...] | None
     tokenizer: Any
     seed: int
 
@@ -189,13 +190,16 @@ def _rows(
     tokens: Tensor, pad: Tensor | None, pivots: Sequence[Any] | None, tokenizer: Any, seed: int
 ) -> list[_Row]:
     batch = tokens.shape[0]
-    per_row: list[tuple[int, ...] | None] = [None] * batch
+    per_row: list[tuple[Any, ...] | None] = [None] * batch
     if pivots is not None:
-        given = list(pivots)
-        nested = bool(given) and all(isinstance(entry, list | tuple | Tensor) for entry in given)
+        given = pivots.tolist() if isinstance(pivots, Tensor) else pivots
+        if isinstance(given, str) or not isinstance(given, list | tuple):
+            raise RequestError(f"pivot_positions must be a list of positions; got {given!r:.80}")
+        given = [entry.tolist() if isinstance(entry, Tensor) else entry for entry in given]
+        nested = bool(given) and all(isinstance(entry, list | tuple) for entry in given)
         if nested and len(given) != batch:
             raise RequestError(f"pivot_positions for {len(given)} rows were given, but the batch has {batch}")
-        per_row = [tuple(map(int, given[row] if nested else given)) for row in range(batch)]
+        per_row = [tuple(given[row] if nested else given) for row in range(batch)]
     rows = []
     for index in range(batch):
         ids = tokens[index] if pad is None else tokens[index][~pad[index]]
@@ -296,13 +300,24 @@ def _partition(piece: int, row: _Row, given: str) -> list[int]:
                 given, "there is only partition 0: give pivot_positions (or split_positions) to cut at"
             )
         return list(range(len(row.ids)))
-    cuts = sorted(_inside(pivot, row, given) for pivot in row.pivots)
+    cuts = sorted(_pivot(pivot, row) for pivot in row.pivots)
     edges = [0, *cuts, len(row.ids)]
     if piece >= len(edges) - 1:
         raise row.fail(
             given, f"the pivots {list(row.pivots)} cut the row into {len(edges) - 1} partitions, from 0"
         )
     return list(range(edges[piece], edges[piece + 1]))
+
+
+def _pivot(pivot: Any, row: _Row) -> int:
+    """The position a pivot names."""
+    if isinstance(pivot, str) and not pivot.startswith("@"):
+        pivot = TokenText(text=pivot, which="first")
+    if isinstance(pivot, bool) or not isinstance(pivot, int | str | TokenText):
+        raise row.fail(
+            "pivot_positions", f"{pivot!r} is neither a whole number, a name with @, nor token text"
+        )
+    return _resolved(pivot, row)[0]
 
 
 def _drawn(pool: list[int], count: str | None, row: _Row, given: str) -> list[int]:

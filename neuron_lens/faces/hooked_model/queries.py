@@ -28,6 +28,13 @@ OLDER_ABLATIONS: dict[str, tuple[str, str, Any]] = {
     "block-img-img": ("pattern_L{}H{}", "grid", (["all-image"], ["all-image"])),
     "flash-attn": ("head_values_L{}H{}", "full", None),
 }
+# Types that named a pixtral model's image tokens, or what never worked.
+REFUSED_ABLATIONS = {
+    "block-img-txt-wout-special-pixtral": "use an activation pattern_L{}H{} with type 'grid' and the positions you mean",
+    "flash-block-img-txt": "use 'block-img-txt': patterns are always there",
+    "flash-block-img-img": "use 'block-img-img': patterns are always there",
+    "mean": "use an activation (head_z_L{}H{}) with operation 'mean' and a source",
+}
 ABLATION_COLUMNS = (
     "activation",
     "layers",
@@ -150,9 +157,8 @@ def _older_ablations(number: int, row: dict[str, Any], model: Transformer) -> li
     where = f"ablation query {number}"
     _check_columns(where, row, OLDER_COLUMNS, needed=("type", "head-layer-couple"))
     if row["type"] not in OLDER_ABLATIONS:
-        raise RequestError(
-            f"{where}: type {row['type']!r} is unknown; {did_you_mean(str(row['type']), OLDER_ABLATIONS)}"
-        )
+        instead = REFUSED_ABLATIONS.get(row["type"]) or did_you_mean(str(row["type"]), OLDER_ABLATIONS)
+        raise RequestError(f"{where}: type {row['type']!r} is unknown; {instead}")
     template, kind, positions = OLDER_ABLATIONS[row["type"]]
     if positions is None:
         _check_columns(where, row, OLDER_COLUMNS, needed=("elem-to-ablate",))

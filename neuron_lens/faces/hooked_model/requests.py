@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from neuron_lens.errors import RequestError
 from neuron_lens.faces.hooked_model.cache import ActivationCache
 from neuron_lens.faces.hooked_model.fields import Place, named_place
 from neuron_lens.interventions.places import Frozen
@@ -24,16 +25,17 @@ ATTENTION_TYPES = (
     "grid_pre_softmax",
     "keep_self",
 )
-RENAMED_TYPES = {"colums_pre_softmax": "columns_pre_softmax", "keep-self-attn": "keep_self"}
+RENAMED_TYPES = {"colums_pre_softmax": "columns_pre_softmax", "keep_self_attn": "keep_self"}
+# Types that are grids between these queries and keys.
+BLOCKS = {"block_img_txt": (("all-text",), ("all-image",)), "block_img_img": (("all-image",), ("all-image",))}
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Prompts as the model takes them.
 
-    tokens: [batch, pos]. pad: true where a column is padding, None without. pivots: where inputs-partition-k
-        cuts, for all rows or
-    row by row. tokenizer, seed: for positions by text and random ones.
+    tokens: [batch, pos]. pad: true where a column is padding, None without. pivots: where inputs-partition-k cuts, for all
+        rows or row by row. tokenizer, seed: for positions by text and random ones.
     """
 
     tokens: Tensor
@@ -57,7 +59,8 @@ class Intervention(Frozen):
             to the head's own vector.
         type: "full": at the positions. At patterns and scores: "columns" (the positions are keys), "rows"
             (queries), "grid" (a pair: queries, keys), each also `…_pre_softmax`; "keep_self": the queries see
-            only themselves. The causal mask is never undone.
+            only themselves; "block_img_txt" and "block_img_img": the grids from text, or from images, to images.
+            The causal mask is never undone.
         token_positions: groups in the grammar of positions; a pair of such lists for grids.
         operation: "zero"; "scale" by multiplication_value; "set" to patching_values; "add" patching_values; "mean": the
             mean over the source's examples; "resample": another example of the source, drawn with `seed`. "auto": set
@@ -79,12 +82,26 @@ class Intervention(Frozen):
     source: Any = None
     seed: int = 0
 
+    def __init__(self, **fields: Any) -> None:
+        kind = fields.get("type")
+        if isinstance(kind, str):
+            kind = kind.replace("-", "_")
+            stem = kind.removesuffix("_pre_softmax")
+            if stem in BLOCKS:
+                if "token_positions" in fields:
+                    raise RequestError(
+                        f"Intervention: type {fields['type']!r} names its positions; leave token_positions out, or use 'grid'"
+                    )
+                fields |= {"token_positions": BLOCKS[stem]}
+                kind = kind.replace(stem, "grid")
+            fields["type"] = RENAMED_TYPES.get(kind, kind)
+        super().__init__(**fields)
+
     @field_validator("type")
     @classmethod
     def _known_type(cls, given: str) -> str:
-        given = RENAMED_TYPES.get(given, given)
         if given not in ("full", *ATTENTION_TYPES):
-            raise ValueError(f"one of full, {', '.join(ATTENTION_TYPES)}")
+            raise ValueError(f"one of full, {', '.join((*ATTENTION_TYPES, *BLOCKS))}")
         return given
 
     @field_validator("token_positions")

@@ -13,6 +13,7 @@ from typing import Any, overload
 from neuron_lens.errors import RequestError, did_you_mean
 from neuron_lens.faces.hooked_model.cache import ActivationCache
 from neuron_lens.faces.hooked_model.stored import METADATA, CacheWriter, StoredCache, jsonable
+from neuron_lens.files.atomic import write_json_atomic
 
 __all__ = ["ActivationLoader", "ActivationSaver", "QueryResult"]
 
@@ -137,6 +138,7 @@ class ActivationLoader:
         interventions: Any = None,
         save_time: str | None = None,
         experiment_name: str | None = None,
+        custom_keys: Mapping[str, Any] | None = None,
         where: Callable[[Mapping[str, Any]], bool] | None = None,
         **custom: Any,
     ) -> QueryResult:
@@ -144,7 +146,7 @@ class ActivationLoader:
 
         Args:
             save_time: a prefix of the time, "2026-11-21". experiment_name: in place of the loader's own. where: any test of the
-                metadata. custom: further entries of the metadata and their values.
+                metadata. custom, custom_keys: further entries of the metadata and their values.
 
         Raises:
             RequestError: a run's metadata cannot be read.
@@ -155,6 +157,7 @@ class ActivationLoader:
             "target_token_positions": target_token_positions,
             "extraction_config": extraction_config,
             "interventions": interventions,
+            **dict(custom_keys or {}),
             **custom,
         }
         given = {
@@ -216,6 +219,23 @@ class QueryResult(Sequence[StoredCache]):
                 )
             run = named[which]
         return run.load(), dict(run.metadata)
+
+    def update_run_experiment(self, new: str) -> None:
+        """Move the runs to another experiment of the same store.
+
+        Raises RequestError, with nothing moved, when one of them would stand in the place of another.
+        """
+        targets = []
+        for run in self._runs:
+            time, model = run.folder, run.folder.parent
+            targets.append(ActivationSaver(model.parents[1], new).base_dir / new / model.name / time.name)
+            if targets[-1].exists():
+                raise RequestError(f"{targets[-1]} exists already, and runs are never overwritten")
+        for run, target in zip(self._runs, targets, strict=True):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(run.folder, target)
+            write_json_atomic(target / METADATA, {**run.metadata, "experiment_name": new})
+        self._runs = [StoredCache(target) for target in targets]
 
     def remove(self) -> None:
         """Delete the runs' folders."""

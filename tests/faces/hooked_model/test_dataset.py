@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 import torch
 from faces.hooked_model.cases import both_families, face, inputs, near
@@ -203,6 +204,57 @@ def test_caches_that_do_not_fit_are_refused_and_rules_of_ones_own_go_first() -> 
     assert one.memory_size("x") == 24 and "24 B" in one.memory_tree()
     with pytest.raises(KeyError, match="did you mean"):
         ActivationCache({"resid_out_1": one["x"]})["resid_out_2"]
+
+
+def test_deferred_joins_are_the_joins_made_at_once() -> None:
+    model = face()
+    averaging = ExtractionConfig(extract_resid_out=True, avg_over_example=True)
+    for config in (STREAM, averaging):
+        each = [
+            model.forward(torch.full((rows, 4), rows), ["last"], extraction_config=config)
+            for rows in (1, 2, 3)
+        ]
+        plain, deferred = ActivationCache(), ActivationCache()
+        with deferred.deferred_mode() as collecting:
+            for cache in each:
+                plain.cat(cache)
+                collecting.cat(cache)
+            assert deferred.is_empty()
+        assert set(plain) == set(deferred)
+        for key in plain:
+            same = plain[key], deferred[key]
+            assert near(*same) if isinstance(same[0], torch.Tensor) else repr(same[0]) == repr(same[1])
+    with pytest.raises(RequestError, match="other keys"), deferred.deferred_mode():
+        deferred.cat(ActivationCache({"x": torch.ones(1)}))
+    assert set(plain) == set(deferred)
+    with deferred.deferred_mode(), pytest.raises(RequestError, match="already"), deferred.deferred_mode():
+        pass
+
+
+def test_runs_move_between_experiments_and_are_found_by_what_was_asked(tmp_path: Path) -> None:
+    model, saver = face(), ActivationSaver(tmp_path, "first")
+    config = ExtractionConfig(extract_resid_out=True)
+    ablation = pandas.DataFrame([{"activation": "resid_out_1"}])
+    for pivots in ([1], [2]):
+        model.extract_cache(
+            [torch.ones(1, 4).long()],
+            ["inputs-partition-0"],
+            config,
+            stream_to=saver,
+            pivot_positions=pivots,
+            ablation_queries=ablation,
+        )
+    loader = ActivationLoader(tmp_path, None)
+    found = loader.query(pivot_positions=[2], ablation_queries=[{"activation": "resid_out_1"}])
+    assert len(found) == len(loader.query(custom_keys={"pivot_positions": [2]})) == 1
+    assert found[0]["resid_out_0"].shape == (1, 2, 16)
+    found.update_run_experiment("second")
+    assert len(loader.query(experiment_name="second")) == len(loader.query(experiment_name="first")) == 1
+    assert found[0].metadata["experiment_name"] == "second"
+    moved = loader.query(experiment_name="second")
+    (tmp_path / "first" / moved[0].folder.parent.name / moved[0].folder.name).mkdir()
+    with pytest.raises(RequestError, match="never overwritten"):
+        moved.update_run_experiment("first")
 
 
 def test_the_ratio_to_the_baseline_is_one_for_uniform_causal_attention() -> None:

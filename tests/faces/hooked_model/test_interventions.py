@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pandas
@@ -250,6 +251,7 @@ def test_user_hooks_take_either_form() -> None:
         ({"token_positions": ["last"]}, "lacks the column 'activation'"),
         ({"type": "std", "head-layer-couple": [(0, 0)]}, "lacks the column 'elem-to-ablate'"),
         ({"type": "sdt", "head-layer-couple": [(0, 0)], "elem-to-ablate": "@last"}, "type 'sdt' is unknown"),
+        ({"type": "mean", "head-layer-couple": [(0, 0)]}, "operation 'mean' and a source"),
         ({"type": "std", "head-layer-couple": [0], "elem-to-ablate": "@last"}, "pairs"),
         ([], "at least one row"),
         ("std", "must be a dict"),
@@ -307,10 +309,65 @@ def test_unknown_arguments_and_fields_are_refused() -> None:
         ExtractionConfig(extract_attn_pattern=True, attn_pattern_avg="mean")
     with pytest.raises(RequestError, match="multimodal"):
         face().forward({"input_ids": torch.ones(1, 2).long(), "pixel_values": torch.ones(1)})
-    with pytest.raises(RequestError, match="reads text only"):
-        face().get_processor()
     older = ExtractionConfig(extract_avg_attn_pattern=True)
     assert older.extract_attn_pattern and older.avg_over_example
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("create_hooks", "register_forward_hook"),
+        ("set_custom_modules", "extract_attn_pattern"),
+        ("restore_original_modules", "nothing to restore"),
+        ("use_language_model_only", "text only"),
+        ("use_full_model", "text only"),
+        ("get_processor", "get_tokenizer"),
+        ("get_image_placeholder", "all-image"),
+        ("assert_module_exists", "get_module_from_string"),
+        ("assert_all_modules_exist", "get_module_from_string"),
+    ],
+)
+def test_names_that_mean_nothing_here_say_what_to_use(name: str, instead: str) -> None:
+    with pytest.raises(RequestError, match=f"{name} is not offered.*{instead}"):
+        getattr(face(), name)("anything", at_all=True)
+
+
+def test_image_blocks_are_grids_by_another_name() -> None:
+    for name in ("block-img-txt", "block_img_img", "block_img_txt_pre_softmax"):
+        block = Intervention(activation="pattern_L1H2", type=name)
+        assert block.type == ("grid_pre_softmax" if name.endswith("softmax") else "grid")
+        assert block.token_positions[1] == ("all-image",)
+    with pytest.raises(RequestError, match="leave token_positions out"):
+        Intervention(activation="pattern_L1H2", type="block-img-txt", token_positions=["last"])
+    marks = {"<start_of_image>": 20, "<image_soft_token>": 21, "<end_of_image>": 22}
+    model = face()
+    model.model.tokenizer = SimpleNamespace(name="toy", special_tokens=marks)  # type: ignore[assignment]
+    ids = torch.tensor([[1, 20, 21, 22, 2, 3]])
+    block = Intervention(activation="pattern_L1H2", type="block-img-txt")
+    older = {"type": "block-img-txt", "head-layer-couple": [(2, 1)]}
+    plain = model.forward(ids, ["all"], extraction_config=PATTERN)["pattern_L1H2"][0]
+    cut = model.forward(ids, ["all"], extraction_config=PATTERN, interventions=[block])["pattern_L1H2"][0]
+    same = model.forward(ids, ["all"], extraction_config=PATTERN, ablation_queries=older)["pattern_L1H2"][0]
+    expected = plain.clone()
+    expected[torch.tensor([0, 4, 5])[:, None], torch.tensor([1, 2, 3])] = 0
+    assert near(cut, expected) and near(same, expected)
+
+
+def test_the_prompts_logits_come_with_a_generation() -> None:
+    model, options = face("llama"), {"max_new_tokens": 2, "temperature": 0.0, "return_logits": True}
+    cut = Intervention(activation="mlp_out_1", token_positions=["all"])
+    config = ExtractionConfig(extract_resid_out=True)
+    for case in ("several", "left", "right"):
+        given = model.generate(
+            inputs(case), options, ["last", 1], extraction_config=config, interventions=[cut]
+        )
+        prompt = model.forward(inputs(case), ["last", 1], extraction_config=config, interventions=[cut])
+        for key in ("logits", "resid_out_2"):
+            assert near(given["cache"][key], prompt[key])
+        first = torch.stack([one.logits[0] for one in given["generation_output"]])
+        assert near(first, prompt["logits"][:, 0])
+    with pytest.raises(RequestError, match="give target_token_positions"):
+        model.generate(inputs("one"), options, extraction_config=config)
 
 
 def test_writing_the_prompts_own_stream_changes_no_generation() -> None:

@@ -144,6 +144,27 @@ def test_pivots_may_differ_by_row() -> None:
         resolve_positions(["inputs-partition-0"], tokens, pivot_positions=[[2], [4], [1]])
 
 
+def test_pivots_may_be_names_and_texts() -> None:
+    tokenizer = bytes_tokenizer()
+    ids = [tokenizer.encode(text, bos=False) for text in ("a cat sat", "the cat sat on")]
+    tokens, pad = padded(ids, "left")
+    options: dict[str, Any] = {"tokenizer": tokenizer}
+    resolved = resolve_positions(
+        ["inputs-partition-0", "inputs-partition-1"], tokens, pad, pivot_positions=["cat", "@last"], **options
+    )
+    assert resolved.positions == (((0, 1), (0, 1, 2, 3)), (tuple(range(2, 8)), tuple(range(4, 13))))
+    for pivots, message in (
+        (["cow"], "row 0: the text 'cow'"),
+        ([9], "row 0: the row has 9 tokens"),
+        ([None], "row 0: None is neither"),
+        ([1.5], "row 0: 1.5 is neither"),
+        ("cat", "must be a list"),
+        ([[1], [2], [3]], "for 3 rows"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            resolve_positions(["inputs-partition-0"], tokens, pad, pivot_positions=pivots, **options)
+
+
 def test_texts_and_special_tokens() -> None:
     tokenizer = bytes_tokenizer()
     tokens = torch.tensor([tokenizer.encode("the cat, the dog", bos=False)])
