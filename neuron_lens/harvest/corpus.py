@@ -11,20 +11,17 @@ Knows no model: tokens and text only.
 
 from __future__ import annotations
 
-import glob
-import gzip
 import hashlib
-import json
-import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from neuron_lens.errors import RequestError
 from neuron_lens.harvest.annotate import COLUMN_NAMES, annotate
+from neuron_lens.harvest.documents import Document, documents_of_file, documents_of_rows, files_of
 from neuron_lens.windows import ABSENT, SPLITS, IntArray, TextWindows
 
 __all__ = [
@@ -39,16 +36,8 @@ __all__ = [
     "split_sizes",
 ]
 
-_LOG = logging.getLogger(__name__)
-
 # Of every ten rows: six train, two validation, two test.
 _SPLIT_BY_TENTH = (0, 0, 0, 0, 0, 0, 1, 1, 2, 2)
-
-# What a folder is searched for; a file named outright is read whatever its name.
-_TEXT_SUFFIXES = frozenset((
-    ".c", ".cfg", ".cpp", ".css", ".go", ".h", ".html", ".ini", ".java", ".js", ".json", ".jsonl",
-    ".md", ".py", ".pyi", ".rs", ".rst", ".toml", ".ts", ".txt", ".yaml", ".yml",
-))  # fmt: skip
 
 
 class TextTokenizer(Protocol):
@@ -61,14 +50,6 @@ class TextTokenizer(Protocol):
         self, text: str, *, bos: bool | None = None
     ) -> tuple[Sequence[int], Sequence[tuple[int, int]]]:
         """Text to token ids, and the characters each covers."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text and the name it goes by."""
-
-    name: str
-    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,16 +122,43 @@ class Corpus:
         return cls(name, lambda: iter(held))
 
     @classmethod
-    def of_paths(cls, paths: Sequence[str | Path], name: str | None = None) -> Corpus:
-        """Files, folders (searched for text files) and globs. `.jsonl` and `.jsonl.gz` hold a document a
-        line.
+    def of_paths(
+        cls, paths: Sequence[str | Path], name: str | None = None, *, text_key: str = "text"
+    ) -> Corpus:
+        """Files, folders (searched for text files), globs, and addresses of remote files that blobfile opens.
 
-        A line is an object with "text" and, if it likes, "path". Raises RequestError for a path that matches
-        nothing, a named file that is not UTF-8, a bad line, or no text at all.
+        Of `.jsonl` and `.jsonl.gz` every line is a document, of `.parquet` (extra `parquet`) every row: an
+        object with `text_key` and, if it likes, "path" or "name".
+
+        Raises RequestError for a path that matches nothing, a named file that is not UTF-8, a bad line, a column
+        that is not there, or no text at all; CheckpointError for a remote file that cannot be fetched.
         """
-        files = [file for path in paths for file in _files(str(path))]
+        files = [file for path in paths for file in files_of(str(path))]
         name = name or ", ".join(str(path) for path in paths)
-        return cls(name, lambda: (document for file in files for document in _documents(file)))
+        return cls(
+            name, lambda: (document for file in files for document in documents_of_file(file, text_key))
+        )
+
+    @classmethod
+    def of_rows(
+        cls,
+        rows: Iterable[Mapping[str, Any]],
+        name: str = "rows",
+        *,
+        text_key: str = "text",
+        name_key: str | None = None,
+    ) -> Corpus:
+        """A Hugging Face `datasets.Dataset` (one split), or any iterable of mappings that can be read again.
+
+        Raises RequestError for an iterator that is used up by reading it once, rows without `text_key`, or no
+        text at all.
+        """
+        if isinstance(rows, Iterator):
+            raise RequestError(
+                "a corpus is read more than once, and this iterator only goes through once; give a list, a "
+                "data set, or an object whose __iter__ begins anew"
+            )
+        return cls(name, lambda: documents_of_rows(rows, name, text_key, name_key))
 
     def rows(
         self,
@@ -257,53 +265,6 @@ def _slice(column: IntArray, row_start: int, start: int, shape: WindowShape) -> 
     first = context - (start - row_start)
     out[first : first + len(own)] = own
     return out
-
-
-def _files(path: str) -> list[Path]:
-    """The files a path stands for, sorted."""
-    here = Path(path)
-    if here.is_file():
-        return [here]
-    if here.is_dir():
-        found = [file for file in here.rglob("*") if file.is_file() and _is_text_name(file.relative_to(here))]
-    else:
-        found = [Path(file) for file in glob.glob(path, recursive=True) if Path(file).is_file()]
-    if not found:
-        what = (
-            "a folder without text files"
-            if here.is_dir()
-            else "no file, folder or pattern that matches a file"
-        )
-        raise RequestError(f"corpus path {path!r}: {what}; give text files, folders, globs or .jsonl files")
-    return sorted(found)
-
-
-def _is_text_name(path: Path) -> bool:
-    hidden = any(part.startswith(".") or part == "__pycache__" for part in path.parts)
-    return not hidden and (path.suffix in _TEXT_SUFFIXES or path.name.endswith(".jsonl.gz"))
-
-
-def _documents(file: Path) -> Iterator[Document]:
-    try:
-        data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        text = data.decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise RequestError(f"cannot read {file} as UTF-8 text: {error}; leave it out or convert it") from None
-    if file.name.removesuffix(".gz").endswith(".jsonl"):
-        yield from _lines(file, text)
-    else:
-        yield Document(str(file), text)
-
-
-def _lines(file: Path, text: str) -> Iterator[Document]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            yield Document(str(entry.get("path", f"{file}:{number}")), str(entry["text"]))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise RequestError(f'{file}, line {number}: expected an object with "text" ({error!r})') from None
 
 
 def split_sizes(windows: TextWindows) -> dict[str, int]:
