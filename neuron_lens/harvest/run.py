@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from neuron_lens.errors import RequestError
+from neuron_lens.harvest.batches import row_batches
 from neuron_lens.harvest.corpus import Corpus, Row
 from neuron_lens.harvest.cutter import Cutter
 from neuron_lens.harvest.finish import finish_source
@@ -231,7 +232,7 @@ def _pass(
     with tqdm(
         initial=n_tokens, unit=" tokens", unit_scale=True, desc="harvesting", disable=not progress
     ) as bar:
-        for batch, following in _batches(rows, settings.batch_rows):
+        for batch, following in row_batches(rows, settings.batch_rows):
             tokens, pad, first = model_inputs(model, [row.ids for row in batch])
             model(tokens, hooks=hooks, pad=pad if pad.any() else None, stop_at_layer=stop)
             cutter = Cutter(batch, settings.shape.length, settings.seed, first)
@@ -343,18 +344,6 @@ def _tidy(folder: Path) -> None:
         part.remove()
         if not any(folder.parent.iterdir()):
             folder.parent.rmdir()
-
-
-def _batches(rows: Iterator[Row], size: int) -> Iterator[tuple[list[Row], Row | None]]:
-    """Batches of rows, each with the row that follows it (None: it is the last)."""
-    batch: list[Row] = []
-    for row in rows:
-        if len(batch) == size:
-            yield batch, row
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch, None
 
 
 def _key(fingerprint: str, corpus: Corpus, source: UnitSource, settings: HarvestSettings) -> dict[str, Any]:
