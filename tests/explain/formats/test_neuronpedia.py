@@ -237,6 +237,7 @@ def test_explanations_and_metadata(tmp_path: Path) -> None:
     assert path == tmp_path / "pico" / "2-neurons" / "explanations" / "batch-0.jsonl.gz"
     assert list(folder.explanations()) == [row]
     first = path.read_bytes()
+    assert first[4:8] == b"\0\0\0\0"  # no time of writing in the gzip header
     assert folder.write(0, [export_explanation(result, batch, author_id="me")]).read_bytes() == first
     folder.write_metadata("model", {"id": "pico", "layers": 4})
     assert folder.metadata("model") == {"id": "pico", "layers": 4}
