@@ -30,6 +30,7 @@ from neuron_lens.interventions.gradients import grad_at, jacobian_rows, jvp_at, 
 from neuron_lens.interventions.grid import Grid, grid
 from neuron_lens.interventions.kinds import (
     Add,
+    AddRecorded,
     Clamp,
     Freeze,
     MeanAblate,
@@ -65,6 +66,7 @@ __all__ = [
     "Ablation",
     "Activations",
     "Add",
+    "AddRecorded",
     "AttentionKnockout",
     "Circuit",
     "CircuitScore",

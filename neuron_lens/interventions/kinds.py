@@ -16,6 +16,7 @@ from neuron_lens.transformer import TransformerConfig
 
 __all__ = [
     "Add",
+    "AddRecorded",
     "Clamp",
     "Freeze",
     "MeanAblate",
@@ -249,6 +250,18 @@ class Patch(Sourced):
     def _check_values(self, config: TransformerConfig, path: str) -> None:
         if self.source is not None:
             super()._check_values(config, path)
+
+
+class AddRecorded(Sourced):
+    """Add what a source holds, position by position: a difference of two runs, steering that differs along the prompt.
+
+    source: what is added, by (site, layer), [batch or 1, pos, …]; nothing is added where it has no such position.
+    """
+
+    kind: Literal["add_recorded"] = "add_recorded"
+
+    def changed(self, x: Tensor, at: At) -> Tensor:
+        return x + self.aligned(x, at, (at.site.path, at.layer))
 
 
 class MeanAblate(Sourced):

@@ -22,6 +22,7 @@ from neuron_lens.interventions.attention_knockout import AttentionKnockout
 from neuron_lens.interventions.declared import Intervention
 from neuron_lens.interventions.kinds import (
     Add,
+    AddRecorded,
     Clamp,
     Freeze,
     MeanAblate,
@@ -52,6 +53,7 @@ AnyIntervention = Annotated[
     | Set
     | Scale
     | Add
+    | AddRecorded
     | Clamp
     | ProjectOut
     | Patch

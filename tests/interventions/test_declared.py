@@ -12,6 +12,7 @@ from neuron_lens.errors import HookError, RequestError
 from neuron_lens.interventions import (
     Activations,
     Add,
+    AddRecorded,
     AttentionKnockout,
     Clamp,
     EditLatents,
@@ -80,6 +81,7 @@ def kinds(model: Transformer, tokens: Tensor, source: Activations) -> list[Inter
         Add(**place, vector=vector, scale=3.0, length="matched", keep_norm=True),
         Clamp(**place, low=-0.1, high=0.2),
         ProjectOut(**place, directions=torch.stack((vector, vector.flip(0)))),
+        AddRecorded(**place, source=source.narrowed(STREAM, [1])),
         MeanAblate(**place, source=means),
         ResampleAblate(**place, source=source.narrowed(STREAM, [1]), seed=4),
         Patch(**place, source=source.narrowed(STREAM, [1])),

@@ -77,12 +77,9 @@ def _compiled_stream(request: Intervention, model: Transformer, batch: Batch) ->
         if does == "add":
             return [engine.Add(**at, vector=vector)]
         return [engine.Set(**at, value=vector)]
-    if does == "add":
-        raise RequestError(f"{request.activation}: add takes a number or one vector; got {list(value.shape)}")
     value = value[None] if value.dim() == 2 else value
-    return [
-        engine.Patch(**at, source=_filled(_whole_site(value, place, model), request, model, batch, where))
-    ]
+    source = _filled(_whole_site(value, place, model), request, model, batch, where)
+    return [engine.AddRecorded(**at, source=source) if does == "add" else engine.Patch(**at, source=source)]
 
 
 def _per_row(where: ResolvedPositions) -> engine.PerRow:

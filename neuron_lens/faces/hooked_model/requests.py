@@ -66,8 +66,11 @@ class Intervention(Frozen):
             mean over the source's examples; "resample": another example of the source, drawn with `seed`. "auto": set
             when there are values, the mean when there is a source, else scale (by 0 unless said otherwise).
         patching_values: a number, a vector [width], or values of the selected positions [positions, width] or [batch or 1,
-            positions, width]; patterns [queries, keys] or [batch or 1, queries, keys], selected or whole. "ablation" is zero.
-        source: a cache that holds the activation at as many positions, for mean and resample.
+            positions, width]. At patterns and scores a number or [queries, keys] or [batch or 1, queries, keys], of the
+            selected ones in the order of the request, or of all positions of the longest row. What is written or added there
+            stands at the prompt's own queries and keys; entries of later keys must be 0 (scores: -inf). "ablation" is zero.
+        source: a cache that holds the activation at as many positions, for mean and resample (before the softmax:
+            `scores_…` in place of `pattern_…`).
         multiplication_value: factor of scale.
         apply_softmax: what is left of an ablated pattern is renormalised.
     """
