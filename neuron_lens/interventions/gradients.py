@@ -14,13 +14,13 @@ from torch import Tensor
 from neuron_lens.errors import RequestError
 from neuron_lens.hooks import AtLayers, TransformerHooks
 from neuron_lens.interventions.declared import site_named
-from neuron_lens.interventions.metrics import Columns, Metric, bind_metrics
+from neuron_lens.interventions.metrics import BoundMetric, Columns, Metric, bind_metrics
 from neuron_lens.interventions.tensors import Activations, Place, shown_place
 
 if TYPE_CHECKING:
     from neuron_lens.transformer import Transformer
 
-__all__ = ["grad_at", "jacobian_rows", "jvp_at", "traced_run", "vjp_at"]
+__all__ = ["differentiable", "grad_at", "jacobian_rows", "jvp_at", "traced_run", "vjp_at"]
 
 Sites = str | Iterable[str]
 
@@ -48,13 +48,14 @@ def grad_at(
         Activations: of the shape of the activations; zeros where the metric does not depend on them.
 
     Raises:
-        RequestError: a metric that gives no number a row. HookError: a site that does not exist.
+        RequestError: a metric that gives no number a row, or has no gradient. HookError: a site that does not exist.
     """
     (bound,) = bind_metrics(metric, tokens, pad, logits_at).values()
     kept, logits = traced_run(
         model, tokens, sites, layers=layers, pad=pad, hooks=hooks, logits_at=bound.columns
     )
-    return _pulled_back([bound(logits).sum()], [None], kept)
+    values = differentiable(bound, logits)
+    return _pulled_back([values], [torch.ones_like(values)], kept)
 
 
 def vjp_at(
@@ -221,6 +222,21 @@ def traced_run(
     with torch.enable_grad():
         logits = model(tokens, hooks=tree, pad=pad, logits_at=logits_at)
     return {_place(key): recording[key] for recording in recordings for key in recording}, logits
+
+
+def differentiable(metric: BoundMetric, logits: Tensor) -> Tensor:
+    """The metric of logits with its graph, whatever the mode of the caller.
+
+    Raises RequestError when the metric has no gradient by the logits, as a rank has none.
+    """
+    with torch.enable_grad():
+        values = metric(logits)
+    if logits.requires_grad and not values.requires_grad:
+        raise RequestError(
+            f"the metric {metric.name!r} has no gradient by the logits (a rank or a count has none, and what detaches them): "
+            "use a difference of logits, a probability or a loss"
+        )
+    return values
 
 
 def _recorded(

@@ -20,6 +20,7 @@ from neuron_lens.errors import RequestError
 from neuron_lens.hooks import AtLayers, TransformerHooks
 from neuron_lens.interventions.apply import capture, to_hooks
 from neuron_lens.interventions.circuits.nodes import GraphShape, Node
+from neuron_lens.interventions.circuits.reads import MLP_IN, STREAM_OUT, ReadsMore, read_site
 from neuron_lens.interventions.circuits.senders import sender_outputs
 from neuron_lens.interventions.grid import Grid
 from neuron_lens.interventions.kinds import Patch
@@ -44,7 +45,7 @@ __all__ = [
 
 AnyMetric = Metric | Callable[[Tensor], Any]
 Through = Literal["nothing", "mlps", "everything"]
-STREAM, MLP_IN, LAST = "resid.torso.pre_attn", "resid.torso.mlp_in", "resid.torso.post_mlp"
+STREAM = "resid.torso.pre_attn"
 WRITES = {
     "embedding": "resid.post_emb",
     "head": "resid.torso.delta_attn",
@@ -123,7 +124,7 @@ def patch_paths(
     _check_receivers(config, list(differences), sets)
     base: Activations | None = None
     if through != "nothing":
-        sites = [STREAM, LAST, WRITES["head"]]
+        sites = [STREAM, STREAM_OUT, WRITES["head"]]
         sites += [] if config.mlp == "none" else [MLP_IN, WRITES["mlp"]]
         base = capture(model, tokens, sites, pad=options.get("pad"))
     cells = []
@@ -134,7 +135,7 @@ def patch_paths(
         tree = TransformerHooks()
         for receiver in one:
             site, layer, heads = _read_at(config, receiver)
-            hook = _Plus(reached(receiver), heads)
+            hook = ReadsMore(reached(receiver), heads)
             tree.append_to_path(f"{site}.fwd", AtLayers(layer).append(hook))
         cells.append(tree)
     return sweep(model, tokens, Grid({"cell": tuple(range(len(cells)))}, tuple(cells)), metric, **options)
@@ -237,13 +238,11 @@ def _reaches(config: TransformerConfig, sender: Sender, receiver: Receiver) -> b
 
 def _read_at(config: TransformerConfig, receiver: Receiver) -> tuple[str, int, list[int] | None]:
     """The site that holds what a receiver reads, its layer, and the heads there; None where there are none."""
-    if receiver.layer is None:
-        return LAST, config.n_layers - 1, None
-    if receiver.part == "mlp":
-        return MLP_IN, receiver.layer, None
+    site, layer = read_site(receiver.part, receiver.layer, config.n_layers)
+    if receiver.part in ("mlp", "logits"):
+        return site, layer, None
     every = range(config.n_heads if receiver.part == "q" else config.n_kv_heads)
-    heads = list(every) if receiver.head is None else [receiver.head]
-    return f"attn.{receiver.part}_in", receiver.layer, heads
+    return site, layer, list(every) if receiver.head is None else [receiver.head]
 
 
 class _Direct:
@@ -277,7 +276,7 @@ class _Recorded:
         tree = TransformerHooks()
         for receiver in receivers:
             site, layer, heads = _read_at(model.config, receiver)
-            if site != LAST:
+            if site != STREAM_OUT:
                 read = base[MLP_IN if site == MLP_IN else STREAM, layer]
                 tree.append_to_path(f"{site}.fwd", AtLayers(layer).append(_Held(read, heads)))
         if through == "mlps":
@@ -285,18 +284,18 @@ class _Recorded:
                 held = _Held(base[WRITES["head"], layer], None)
                 tree.append_to_path(f"{WRITES['head']}.fwd", AtLayers(layer).append(held))
         for sender, difference in differences.items():
-            plus = _Plus(difference, None)
+            plus = ReadsMore(difference, None)
             placed = plus if sender.layer is None else AtLayers(sender.layer).append(plus)
             tree.append_to_path(f"{WRITES[sender.part]}.fwd2", placed)
         # MLPs that are receivers are held at mlp_in: what they would read is the stream before it
         self.before_mlp = STREAM if model.config.parallel else "resid.torso.post_attn"
-        self.run = capture(model, tokens, {STREAM, LAST, self.before_mlp}, hooks=tree, pad=pad)
+        self.run = capture(model, tokens, {STREAM, STREAM_OUT, self.before_mlp}, hooks=tree, pad=pad)
 
     def __call__(self, receiver: Receiver) -> Tensor:
         """[batch, pos, d_model]"""
         if receiver.layer is None:
             last = self.config.n_layers - 1
-            return self.run[LAST, last] - self.base[LAST, last]
+            return self.run[STREAM_OUT, last] - self.base[STREAM_OUT, last]
         if receiver.part == "mlp":
             return self.run[self.before_mlp, receiver.layer] - self.base[MLP_IN, receiver.layer]
         return self.run[STREAM, receiver.layer] - self.base[STREAM, receiver.layer]
@@ -314,17 +313,3 @@ class _Held:
         held = x.clone()
         held[:, :, self.heads] = self.value[:, :, None]
         return held
-
-
-class _Plus:
-    """x plus a difference [batch, pos, d_model], at some heads the same for each."""
-
-    def __init__(self, difference: Tensor, heads: list[int] | None) -> None:
-        self.difference, self.heads = difference, heads
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.heads is None:
-            return x + self.difference
-        moved = x.clone()
-        moved[:, :, self.heads] += self.difference[:, :, None]
-        return moved

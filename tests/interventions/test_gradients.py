@@ -8,8 +8,11 @@ import torch
 from neuron_lens.errors import RequestError
 from neuron_lens.hooks import TransformerHooks
 from neuron_lens.interventions import (
+    Ablation,
     Add,
     LogitDifference,
+    TokenRank,
+    attribute_edges,
     capture,
     grad_at,
     jacobian_rows,
@@ -177,3 +180,29 @@ def test_gradients_follow_interventions_and_refuse_misfits() -> None:
         jacobian_rows(model, tokens, (LATE, 1), [(1, 0)], EARLY, at_once=0)
     with pytest.raises(RequestError, match="no entry of"):
         jacobian_rows(model, tokens, (LATE, 1), [(9, 0)], EARLY)
+
+
+def test_gradients_do_not_mind_the_callers_mode_but_a_metric_without_one() -> None:
+    model, tokens = tiny_model(), prompts()
+    values = capture(model, tokens, [EARLY, LATE])
+    ones = {(LATE, 2): torch.ones_like(values[LATE, 2])}
+
+    def all_of_them() -> list[torch.Tensor]:
+        scores = attribute_edges(model, tokens, Ablation("patch", prompts(seed=3)), METRIC).scores
+        return [
+            grad_at(model, tokens, METRIC, EARLY)[EARLY, 1],
+            vjp_at(model, tokens, ones, EARLY)[EARLY, 1],
+            jvp_at(model, tokens, {(EARLY, 1): values[EARLY, 1]}, LATE)[LATE, 2],
+            jacobian_rows(model, tokens, (LATE, 2), [(3, 4)], EARLY)[EARLY, 1],
+            scores,
+        ]
+
+    expected = all_of_them()
+    with torch.no_grad():
+        found = all_of_them()
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    for metric in (TokenRank(3), lambda logits: logits[:, -1].detach().sum(-1)):
+        with pytest.raises(RequestError, match="has no gradient by the logits"):
+            grad_at(model, tokens, metric, EARLY)
+        with pytest.raises(RequestError, match="has no gradient by the logits"):
+            attribute_edges(model, tokens, Ablation("zero"), metric)

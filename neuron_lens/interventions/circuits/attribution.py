@@ -20,11 +20,19 @@ from neuron_lens.hooks import AtLayers, TransformerHooks
 from neuron_lens.interventions.circuits.ablation import Ablation
 from neuron_lens.interventions.circuits.circuit import Circuit
 from neuron_lens.interventions.circuits.nodes import GraphShape, Units
+from neuron_lens.interventions.circuits.reads import (
+    MLP_IN,
+    READ_AT_SITES,
+    STREAM_OUT,
+    ReadsMore,
+    read_site,
+)
 from neuron_lens.interventions.circuits.run import circuit_metric
 from neuron_lens.interventions.circuits.senders import sender_outputs
 from neuron_lens.interventions.circuits.units import UnitHooks, open_units
-from neuron_lens.interventions.gradients import traced_run
+from neuron_lens.interventions.gradients import differentiable, traced_run
 from neuron_lens.interventions.metrics import BoundMetric, Columns, Metric, bind_metrics
+from neuron_lens.interventions.sweep import sweep
 
 if TYPE_CHECKING:
     from neuron_lens.transformer import Transformer
@@ -35,12 +43,8 @@ AnyMetric = Metric | Callable[..., Any]
 Method = Literal["gradient", "integrated_inputs", "integrated_activations"]
 METHODS = "gradient", "integrated_inputs", "integrated_activations"
 # The stream entering block 0, and where each kind of sender writes.
-EMBEDDING, ATTENTION, MLP, BLOCK = (
-    "resid.post_emb",
-    "resid.torso.delta_attn",
-    "resid.torso.delta_mlp",
-    "resid.torso.post_mlp",
-)
+EMBEDDING, ATTENTION, MLP = "resid.post_emb", "resid.torso.delta_attn", "resid.torso.delta_mlp"
+BLOCK = STREAM_OUT
 
 
 def attribute_edges(
@@ -152,7 +156,7 @@ class _Gradients:
         self.pad, self.hooks = pad, hooks
         self.units = open_units(model, shape, autoencoders)
         self.sites = ["attn.q_in", "attn.k_in", "attn.v_in", BLOCK]
-        self.sites += ["resid.torso.mlp_in"] if shape.mlp else []
+        self.sites += [MLP_IN] if shape.mlp else []
 
     def __call__(self, moved: tuple[str, int | None, Tensor] | None) -> Tensor:
         """moved: a site, its layer, and what is added there in this pass."""
@@ -175,13 +179,13 @@ class _Gradients:
         kept, logits = traced_run(
             self.model, self.tokens, self.sites, pad=self.pad, hooks=tree, logits_at=self.metric.columns
         )
-        total = self.metric(logits)
+        values = differentiable(self.metric, logits)
         # a metric that averages over rows itself counts for all of them
-        total = total.sum() * (self.tokens.shape[0] if total.numel() == 1 else 1)
-        read = {place: x for place, x in kept.items() if place[0] != BLOCK}
-        read[BLOCK, None] = kept[BLOCK, self.shape.n_layers - 1]
+        weight = values.new_full(values.shape, self.tokens.shape[0] if values.numel() == 1 else 1)
+        last = self.shape.n_layers - 1
+        read = {place: x for place, x in kept.items() if place[0] != BLOCK or place[1] == last}
         every: dict[Any, Tensor] = {**read, **streams}
-        found = torch.autograd.grad(total, list(every.values()), allow_unused=True)
+        found = torch.autograd.grad(values, list(every.values()), weight, allow_unused=True)
         gradients = {
             place: torch.zeros_like(every[place]) if gradient is None else gradient
             for place, gradient in zip(every, found, strict=True)
@@ -191,12 +195,9 @@ class _Gradients:
     def _of(self, gradients: Mapping[Any, Tensor], index: int) -> Tensor:
         """The gradient by what one receiver reads, [batch, pos, d_model]."""
         port = self.shape.receivers[index]
-        if port.layer is None:
-            return gradients[BLOCK, None]
-        if port.reads == "mlp":
-            return gradients["resid.torso.mlp_in", port.layer]
-        if port.head is not None:
-            return gradients[f"attn.{port.reads}_in", port.layer][:, :, port.head]
+        if port.reads in READ_AT_SITES:
+            found = gradients[read_site(port.reads, port.layer, self.shape.n_layers)]
+            return found if port.head is None else found[:, :, port.head]
         for units in self.shape.units:
             if port in units.ports():
                 return gradients[units.layer, units.place][:, :, units.ports().index(port)]
@@ -215,29 +216,47 @@ def exact_edge_effects(
     hooks: TransformerHooks | None = None,
     logits_at: Columns = None,
 ) -> Circuit:
-    """The exact change of the metric when one edge alone is ablated, for each edge: one pass an edge.
+    """The exact change of the metric when one edge alone is ablated, for each edge.
+
+    One pass an edge, many of them batched together: until an edge's receiver reads, the run is that of the prompts, so its
+    sender's difference is added to what the receiver reads. Edges into units and the MLPs they are part of take a pass each.
 
     edges: only those of this circuit, which also says which units are nodes; None for all edges without units. Other
-    arguments as of `attribute_edges`.
+    arguments, errors: as of `attribute_edges`.
 
     Returns:
-        Circuit: those edges, with their effects as scores.
+        Circuit: those edges, with their effects as scores, averaged over rows.
     """
     chosen = Circuit(GraphShape.of(model.config)) if edges is None else edges
     shape = chosen.shape
-    values = ablation.outputs(model, tokens, shape=shape, autoencoders=autoencoders, pad=pad)
-
-    def mean(kept: Tensor) -> float:
-        one = Circuit(shape, None, kept)
-        return float(
-            circuit_metric(model, tokens, one, values, metric, hooks, logits_at, pad, autoencoders).mean()
-        )
-
-    possible = shape.possible
-    whole = mean(possible)
+    ablated = ablation.outputs(model, tokens, shape=shape, autoencoders=autoencoders, pad=pad)
+    live = sender_outputs(model, tokens, hooks, shape=shape, autoencoders=autoencoders, pad=pad)
     scores = torch.zeros(chosen.kept.shape)
+    unedited = TransformerHooks() if hooks is None else hooks
+    places, cells = [], [unedited.copy().append_to_path("logits.fwd", _unchanged)]
+    alone = []
     for sender, receiver in chosen.kept.nonzero().tolist():
-        kept = possible.clone()
+        port = shape.receivers[receiver]
+        in_units_part = port.reads == "mlp" and shape.units_at(port.layer or 0, "mlp") is not None
+        if in_units_part or port.reads not in READ_AT_SITES:
+            alone.append((sender, receiver))
+            continue
+        difference = ablated[sender] - live[sender]
+        more = ReadsMore(difference, None if port.head is None else [port.head])
+        site, layer = read_site(port.reads, port.layer, shape.n_layers)
+        cells.append(unedited.copy().append_to_path(f"{site}.fwd", AtLayers(layer).append(more)))
+        places.append((sender, receiver))
+    values = sweep(model, tokens, cells, metric, pad=pad, logits_at=logits_at).values()
+    for place, value in zip(places, values[1:].tolist(), strict=True):
+        scores[place] = value - float(values[0])
+    for sender, receiver in alone:
+        kept = shape.possible
         kept[sender, receiver] = False
-        scores[sender, receiver] = mean(kept) - whole
+        circuit = Circuit(shape, None, kept)
+        cut = circuit_metric(model, tokens, circuit, ablated, metric, hooks, logits_at, pad, autoencoders)
+        scores[sender, receiver] = float(cut.mean() - values[0])
     return Circuit(shape, scores, chosen.kept)
+
+
+def _unchanged(x: Tensor) -> None:
+    """A hook that leaves everything as it is."""

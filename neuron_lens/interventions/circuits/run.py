@@ -19,6 +19,7 @@ from neuron_lens.hooks import AtLayers, TransformerHooks
 from neuron_lens.interventions.circuits.ablation import Ablation
 from neuron_lens.interventions.circuits.circuit import Circuit
 from neuron_lens.interventions.circuits.nodes import GraphShape, Units
+from neuron_lens.interventions.circuits.reads import READ_AT_SITES, read_site
 from neuron_lens.interventions.circuits.senders import LiveSenders
 from neuron_lens.interventions.metrics import Columns, Metric, bind_metrics
 
@@ -54,11 +55,9 @@ def circuit_hooks(
     places: dict[tuple[str, int], list[int]] = {}
     streams: dict[tuple[int, str], _Reader] = {}
     for index, port in enumerate(shape.receivers):
-        if port.layer is None:
-            places["resid.torso.post_mlp", model.config.n_layers - 1] = [index]
-        elif port.reads in ("q", "k", "v", "mlp"):
-            site = "resid.torso.mlp_in" if port.reads == "mlp" else f"attn.{port.reads}_in"
-            places.setdefault((site, port.layer), []).append(index)
+        if port.reads in READ_AT_SITES:
+            place = read_site(port.reads, port.layer, model.config.n_layers)
+            places.setdefault(place, []).append(index)
 
     def copies(units: Units, x: Tensor) -> Tensor | None:
         return streams[units.layer, units.place](x)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from neuron_lens.errors import RequestError
+from neuron_lens.hooks import TransformerHooks
 from neuron_lens.interventions import (
     Ablation,
     Circuit,
@@ -57,6 +58,24 @@ def test_one_edge_is_a_direct_path(family: str) -> None:
         cut = run_circuit(model, tokens, without, Ablation("patch", others), METRIC).mean()
         direct = path_patch(model, tokens, others, [one], [other], METRIC).values()[0]
         torch.testing.assert_close(cut, direct, atol=3e-5, rtol=1e-4, msg=f"{sender} -> {receiver}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exact_effects_are_those_of_circuits_without_one_edge(family: str) -> None:
+    model, tokens, others = tiny_model(family), prompts(seed=1), prompts(seed=2)
+    shape = GraphShape.of(model.config, [Units.neurons(1, (0, 4))])
+    chosen = torch.arange(shape.possible.numel()).view(shape.possible.shape) % 23 == 0
+    chosen[:3, [port.name for port in shape.receivers].index("mlp 1")] = True
+    some = Circuit(shape, None, chosen)
+    every = Circuit(shape)
+    cut = TransformerHooks().append_to_path("mlp.post_act.fwd", lambda x: x * 0.5)
+    for ablation, hooks in ((Ablation("patch", others), None), (Ablation("zero"), cut)):
+        exact = exact_edge_effects(model, tokens, ablation, METRIC, some, hooks=hooks)
+        whole = run_circuit(model, tokens, every, ablation, METRIC, hooks=hooks).mean()
+        for edge in exact.edges():
+            without = every.with_edges([(edge.sender, edge.receiver)]).complement()
+            expected = run_circuit(model, tokens, without, ablation, METRIC, hooks=hooks).mean() - whole
+            assert edge.score == pytest.approx(float(expected), abs=3e-5), edge
 
 
 @pytest.mark.parametrize("method", ["gradient", "integrated_inputs", "integrated_activations"])
