@@ -18,8 +18,8 @@ _STRIDE = 2**32  # a place is document * stride + start
 
 
 class Cutter:
-    """The windows of a batch: `mask` `[window, length]`, `place`, `priority` and `split` `[window]`, the same for
-    every site."""
+    """The windows of a batch, the same for every site: `where` they are (row and first position), `mask`
+    `[window, length]`, `place`, `priority` and `split` `[window]`; see `WindowBatch`."""
 
     def __init__(self, rows: Sequence[Row], length: int, seed: int, first: int) -> None:
         row_of, start, present, place, split = [], [], [], [], []
@@ -30,10 +30,8 @@ class Cutter:
                 present.append(min(length, len(row.ids) - begin))
                 place.append(row.document * _STRIDE + row.start + begin)
                 split.append(row.split)
-        self._row_of = torch.tensor(row_of)
-        self._columns = torch.tensor(start)[:, None] + torch.arange(length)
+        self.where = torch.tensor(row_of), torch.tensor(start)
         self.mask = torch.arange(length) < torch.tensor(present)[:, None]
-        self._short = (~self.mask.all(1)).nonzero()[:, 0]
         self.place = torch.tensor(place)
         self.priority = torch.tensor([_priority(one, seed) for one in place])
         self.split = torch.tensor(split)
@@ -41,13 +39,13 @@ class Cutter:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The windows `[window, length, ...]` of a site's tensor `[batch, pos, ...]`, 0 where there is no token."""
-        columns = self._columns.clamp(max=x.shape[1] - 1)
-        cut = x[self._row_of[:, None].to(x.device), columns.to(x.device)]
-        if len(self._short):
-            hidden = ~self.mask[self._short].to(x.device)
-            short = self._short.to(x.device)
-            cut[short] = cut[short].masked_fill(hidden.reshape(*hidden.shape, *[1] * (x.ndim - 2)), 0)
-        return cut
+        rows, begins = self.where
+        columns = (begins[:, None] + torch.arange(self.mask.shape[1])).clamp(max=x.shape[1] - 1)
+        # One index into all tokens: whole rows of memory are copied.
+        place = (rows[:, None] * x.shape[1] + columns).to(x.device)
+        cut = x.flatten(0, 1).index_select(0, place.flatten()).unflatten(0, place.shape)
+        hidden = ~self.mask.to(x.device)
+        return cut.masked_fill_(hidden.reshape(*hidden.shape, *[1] * (x.ndim - 2)), 0)
 
 
 def places_of(place: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -8,6 +8,7 @@ cut in two can be merged. `state` is everything a keeper holds, as tensors; `loa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,24 +21,61 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class WindowBatch:
-    """Windows of one batch: `activations` `[window, length, unit]`, `mask` `[window, length]` True where
-    there is a token (activations are 0 where there is none), for every window its identity `place` (one
-    integer) and a hash `priority` of it, and `partners` like activations, int16, for units that have them."""
+    """Windows of one batch, cut or still in the rows the model read, so that nothing need be copied.
+
+    `activations` `[window, length, unit]`, or with `where` `[row, pos, unit]`; `where` is the row and the first
+    position of every window. `mask` `[window, length]` is True where there is a token (the first ones of a
+    window), `place` the identity of every window (one integer) and `priority` a hash of it; `partners` are like
+    activations, int16, for units that have them.
+    """
 
     activations: Tensor
     mask: Tensor
     place: Tensor
     priority: Tensor
     partners: Tensor | None = None
+    where: tuple[Tensor, Tensor] | None = None
 
-    def largest(self) -> Tensor:
-        """The largest activation of every unit in every window `[window, unit]`, float32."""
-        largest = self.activations.amax(1)
-        short = (~self.mask.all(1)).nonzero()[:, 0]
-        if len(short):
-            hidden = ~self.mask[short][:, :, None]
-            largest[short] = self.activations[short].masked_fill(hidden, -torch.inf).amax(1)
-        return largest.float()
+    def tokens(self) -> Iterator[Tensor]:
+        """The tokens of each window `[token, unit]`, float32."""
+        present = self.mask.sum(1).tolist()
+        if self.where is None:
+            places = [(window, 0) for window in range(len(present))]
+        else:
+            places = list(zip(self.where[0].tolist(), self.where[1].tolist(), strict=True))
+        for (row, begin), count in zip(places, present, strict=True):
+            yield self.activations[row, begin : begin + count].float()
+
+    def whole(self, windows: Tensor, of: Tensor) -> Tensor:
+        """Some windows of activations or partners `[n, length, unit]`, 0 where there is no token."""
+        rows, positions = self._index(windows, of.device)
+        return self._blanked(of[rows, positions], windows)
+
+    def pick(self, windows: Tensor, units: Tensor, of: Tensor) -> Tensor:
+        """One unit of each of some windows of activations or partners `[n, length]`, 0 where there is no token."""
+        windows = windows.to(self.mask.device)
+        rows, positions = self._index(windows, of.device)
+        return self._blanked(of[rows, positions, units[:, None]], windows)
+
+    def _blanked(self, values: Tensor, windows: Tensor) -> Tensor:
+        """0 where a window `[n, length, ...]` has no token: only a document's last window is that short."""
+        hidden = ~self.mask[windows]
+        if not hidden.any():
+            return values
+        return values.masked_fill(
+            hidden.to(values.device).reshape(*hidden.shape, *[1] * (values.ndim - 2)), 0
+        )
+
+    def _index(self, windows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Rows and positions of the tokens of some windows, each `[n, length]`."""
+        steps = torch.arange(self.mask.shape[1])
+        if self.where is None:
+            rows, begins = windows, torch.zeros_like(windows)
+        else:
+            rows, begins = self.where[0][windows], self.where[1][windows]
+        last = self.activations.shape[1] - 1
+        positions = (begins[:, None] + steps).clamp(max=last)
+        return rows[:, None].to(device), positions.to(device)
 
 
 def fired_scores(batch: WindowBatch, largest: Tensor) -> Tensor:
@@ -80,10 +118,10 @@ class TopWindows:
         window = windows[candidate]
         own = (slot, units[unit])
         self.score[own], self.place[own] = candidates[candidate, unit], places[candidate, unit]
-        self.activations[own] = batch.activations[window, :, units[unit]].half()
+        self.activations[own] = batch.pick(window, units[unit], batch.activations).half()
         if self.partners is not None:
             assert batch.partners is not None, "units with partners bring them in every batch"
-            self.partners[own] = batch.partners[window, :, units[unit]]
+            self.partners[own] = batch.pick(window, units[unit], batch.partners)
 
     def _exchange(self, units: Tensor, candidates: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Which candidates go into which slots: places among `units`, slots, places among candidates."""
@@ -170,10 +208,10 @@ class UniformSample:
         self.place[slots] = batch.place[entering]
         self.priority[slots] = batch.priority[entering]
         device = self.activations.device
-        self.activations[slots.to(device)] = batch.activations[entering.to(device)].half()
+        self.activations[slots.to(device)] = batch.whole(entering, batch.activations).half()
         if self.partners is not None:
             assert batch.partners is not None, "units with partners bring them in every batch"
-            self.partners[slots.to(device)] = batch.partners[entering.to(device)]
+            self.partners[slots.to(device)] = batch.whole(entering, batch.partners)
 
     def merge(self, other: UniformSample) -> None:
         """Take in what another sample of other windows holds."""
@@ -182,7 +220,7 @@ class UniformSample:
         self.update(
             WindowBatch(
                 other.activations[held.to(device)],
-                torch.ones(len(held), 0, dtype=torch.bool),
+                torch.ones(len(held), other.activations.shape[1], dtype=torch.bool),
                 other.place[held],
                 other.priority[held],
                 None if other.partners is None else other.partners[held.to(device)],

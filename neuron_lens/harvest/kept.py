@@ -16,13 +16,13 @@ from neuron_lens.harvest.keepers import State, TopWindows, UniformSample, Window
 from neuron_lens.harvest.settings import HarvestSettings
 from neuron_lens.harvest.sources import Caught, UnitSource
 from neuron_lens.harvest.sparse_sample import SparseSample
-from neuron_lens.harvest.statistics import LogHistogram, Moments, tokens_of
+from neuron_lens.harvest.statistics import LogHistogram, Moments
 from neuron_lens.windows import SPLITS
 
 __all__ = ["RangeKeepers", "SourceKeepers"]
 
 _UNITS_AT_ONCE = 4096
-_NUMBERS_AT_ONCE = 2**18  # activations whose sums are taken together: about what a core's cache holds
+_BINS_AT_ONCE = 2**22  # activations that are counted together
 
 
 class RangeKeepers:
@@ -51,13 +51,7 @@ class RangeKeepers:
 
     def update(self, batch: WindowBatch, split: Tensor) -> None:
         """Take a batch in; `split` `[window]` says which part each window belongs to."""
-        n, length, n_units = batch.activations.shape
-        step = max(1, _NUMBERS_AT_ONCE // (length * n_units))
-        for start in range(0, n, step):
-            values = tokens_of(batch, slice(start, start + step))
-            self.histogram.update(values)
-            self.moments.update(values)
-        largest = batch.largest()
+        largest = self._figures(batch)
         for code in range(len(SPLITS)):
             inside = split == code
             if not inside.any():
@@ -69,6 +63,20 @@ class RangeKeepers:
                 self.fired[code].update(batch, fired_scores(batch, score))
             self.top[code].update(batch, score)
             self.random[code].update(batch, inside.nonzero()[:, 0])
+
+    def _figures(self, batch: WindowBatch) -> Tensor:
+        """Take the tokens in, a window at a time; the largest activation of each window `[window, unit]`."""
+        (n, length), n_units = batch.mask.shape, batch.activations.shape[-1]
+        largest = torch.empty(n, n_units, device=batch.activations.device)
+        bins: list[Tensor] = []
+        for window, values in enumerate(batch.tokens()):
+            largest[window] = values.amax(0)
+            self.moments.update(values, largest[window])
+            bins.append(self.histogram.bins(values))
+            if len(bins) * length * n_units >= _BINS_AT_ONCE or window == n - 1:
+                self.histogram.update(torch.cat(bins))
+                bins = []
+        return largest
 
     def merge(self, other: RangeKeepers) -> None:
         """Take in what was kept of other documents."""
@@ -112,13 +120,13 @@ class SourceKeepers:
     def update(self, caught: Caught, cutter: Cutter) -> None:
         """Take what a source caught in a batch."""
         for (first, last), keepers in zip(self.bounds, self.ranges, strict=True):
-            activations = caught.columns(first, last)
             batch = WindowBatch(
-                activations,
-                cutter.mask.to(activations.device),
+                caught.columns(first, last),
+                cutter.mask,
                 cutter.place,
                 cutter.priority,
                 caught.partners(first, last),
+                None if caught.is_cut else cutter.where,
             )
             keepers.update(batch, cutter.split)
 

@@ -31,7 +31,7 @@ class SparseSample:
         self.place[slots] = batch.place[entering]
         self.priority[slots] = batch.priority[entering]
         for slot, window in zip(slots.tolist(), entering.tolist(), strict=True):
-            held = batch.activations[window]  # [length, unit]
+            held = batch.whole(torch.tensor([window]), batch.activations)[0]  # [length, unit]
             position, unit = held.nonzero(as_tuple=True)
             values = held[position, unit].half().cpu()
             self.entries[slot] = (unit.int().cpu(), position.short().cpu(), values)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from neuron_lens.harvest.keepers import State, WindowBatch
+from neuron_lens.harvest.keepers import State
 
 __all__ = ["BIN_EDGES", "LogHistogram", "Moments"]
 
@@ -45,8 +45,9 @@ class Moments:
         self.low = torch.zeros(0)
         self.high = torch.zeros(0)
 
-    def update(self, values: Tensor) -> None:
-        """Take tokens in `[token, unit]`, float32; a few hundred at a time, so that they stay in the cache."""
+    def update(self, values: Tensor, highest: Tensor | None = None) -> None:
+        """Take tokens in `[token, unit]`, float32; a window at a time, so that they stay in the cache. `highest`
+        `[unit]` is their largest, where it is known already."""
         if self.n == 0:
             self.shift = values.mean(0)
             self.sums = torch.zeros(4, values.shape[1], dtype=torch.float64, device=values.device)
@@ -55,10 +56,8 @@ class Moments:
                 torch.full_like(self.shift, -torch.inf),
             )
         self.n += len(values)
-        self.low, self.high = (
-            torch.minimum(self.low, values.amin(0)),
-            torch.maximum(self.high, values.amax(0)),
-        )
+        self.low = torch.minimum(self.low, values.amin(0))
+        self.high = torch.maximum(self.high, values.amax(0) if highest is None else highest)
         centred = values - self.shift
         square = centred * centred
         self.sums[0] += centred.sum(0)
@@ -110,12 +109,16 @@ class LogHistogram:
 
     def __init__(self, n_units: int, device: torch.device) -> None:
         self.counts = torch.zeros(n_units, _N_BINS, dtype=torch.int64, device=device)
-        self._offset = torch.arange(n_units, device=device, dtype=torch.int32) * _N_BINS
+        self._offset = torch.arange(n_units, device=device, dtype=torch.int32) * _N_BINS - _FIRST
 
-    def update(self, values: Tensor) -> None:
-        """Take tokens in `[token, unit]`, float32."""
-        bins = (values.view(torch.int32) >> _SHIFT).sub_(_FIRST).clamp_(0, _N_BINS - 1).add_(self._offset)
-        self.counts += torch.bincount(bins.flatten(), minlength=self.counts.numel()).view_as(self.counts)
+    def bins(self, values: Tensor) -> Tensor:
+        """Where tokens `[token, unit]`, float32, are counted: the place in `counts`, flat."""
+        bins = (values.view(torch.int32) >> _SHIFT).clamp_(_FIRST, _FIRST + _N_BINS - 1)
+        return bins.add_(self._offset).flatten()
+
+    def update(self, bins: Tensor) -> None:
+        """Take tokens in by their places: many at once, since each time costs as much as there are bins."""
+        self.counts += torch.bincount(bins, minlength=self.counts.numel()).view_as(self.counts)
 
     def merge(self, other: LogHistogram) -> None:
         """Add another's tokens."""
@@ -128,10 +131,3 @@ class LogHistogram:
     def load(self, state: State) -> None:
         """Take a state back."""
         self.counts = state["counts"].to(self.counts.device)
-
-
-def tokens_of(batch: WindowBatch, windows: slice) -> Tensor:
-    """The tokens of some windows `[token, unit]`, float32."""
-    values, mask = batch.activations[windows], batch.mask[windows]
-    flat = values.flatten(0, 1) if bool(mask.all()) else values[mask]
-    return flat.float()

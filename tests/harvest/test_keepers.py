@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from neuron_lens.harvest.corpus import Row
+from neuron_lens.harvest.cutter import Cutter
 from neuron_lens.harvest.keepers import TopWindows, UniformSample, WindowBatch, fired_scores
 from neuron_lens.harvest.sparse_sample import SparseSample
-from neuron_lens.harvest.statistics import BIN_EDGES, LogHistogram, Moments, tokens_of
+from neuron_lens.harvest.statistics import BIN_EDGES, LogHistogram, Moments
 
 N_WINDOWS, LENGTH, N_UNITS = 40, 6, 5
 CPU = torch.device("cpu")
@@ -28,6 +30,10 @@ def _select(batch: WindowBatch, windows: torch.Tensor) -> WindowBatch:
     )
 
 
+def _largest(batch: WindowBatch) -> torch.Tensor:
+    return torch.stack([tokens.amax(0) for tokens in batch.tokens()])
+
+
 @pytest.fixture(params=["distinct", "ties", "sparse"])
 def stream(request: pytest.FixtureRequest) -> WindowBatch:
     generator = torch.Generator().manual_seed(0)
@@ -41,6 +47,7 @@ def stream(request: pytest.FixtureRequest) -> WindowBatch:
     activations[~mask] = 0
     priority = torch.randperm(N_WINDOWS, generator=generator) << 55
     partners = torch.randint(0, 9, activations.shape, generator=generator, dtype=torch.int16)
+    partners[~mask] = 0
     return WindowBatch(activations, mask, torch.arange(N_WINDOWS) * 10, priority, partners)
 
 
@@ -61,7 +68,8 @@ in_any_order = pytest.mark.parametrize("order", ORDERS, ids=["forward", "backwar
 def test_moments_equal_those_of_all_tokens(stream: WindowBatch, order: torch.Tensor, size: int) -> None:
     moments, other = Moments(), Moments()
     for place, batch in enumerate(_batches(stream, order, size)):
-        (moments if place % 2 else other).update(tokens_of(batch, slice(None)))
+        for window in batch.tokens():
+            (moments if place % 2 else other).update(window)
     moments.merge(other)
     values = stream.activations[stream.mask].double()
     centred = values - values.mean(0)
@@ -77,8 +85,8 @@ def test_the_histogram_counts_every_token_in_its_bin() -> None:
     values = torch.randn(4000, 3, generator=generator) * torch.tensor([1e-3, 1.0, 900.0])
     values[:2] = torch.tensor([[0.0, -0.0, 1.0], [2.0**-10, 2.0**10, 1.25]])
     histogram, other = LogHistogram(3, CPU), LogHistogram(3, CPU)
-    histogram.update(values[:1000])
-    other.update(values[1000:])
+    histogram.update(histogram.bins(values[:1000]))
+    other.update(other.bins(values[1000:]))
     histogram.merge(other)
     edges = np.concatenate([[-np.inf], BIN_EDGES, [np.inf]])
     for unit in range(3):
@@ -99,7 +107,7 @@ def test_top_windows_equal_sorting_all(
 ) -> None:
     tops = [_top(count) for _ in range(halves)]
     for place, batch in enumerate(_batches(stream, order, 7)):
-        tops[place % halves].update(batch, batch.largest())
+        tops[place % halves].update(batch, _largest(batch))
     loaded = _top(count)
     loaded.load({name: held.clone() for name, held in tops[-1].state().items()})
     if halves == 2:
@@ -122,7 +130,7 @@ def test_top_windows_equal_sorting_all(
 def test_fired_windows_are_a_sample_of_those_above_zero(stream: WindowBatch, order: torch.Tensor) -> None:
     fired = _top(6)
     for batch in _batches(stream, order, 7):
-        fired.update(batch, fired_scores(batch, batch.largest()))
+        fired.update(batch, fired_scores(batch, _largest(batch)))
     held = fired.sorted()
     for unit in range(N_UNITS):
         firing = (stream.activations[:, :, unit].amax(1) > 0).nonzero()[:, 0]
@@ -174,3 +182,24 @@ def test_a_sample_takes_only_the_windows_named(stream: WindowBatch) -> None:
         sample = _sample(kind, 5)
         sample.update(stream, torch.tensor([3, 9]))
         assert _dense(sample)[0].tolist() == [30, 90]
+
+
+def test_windows_still_in_their_rows_are_those_that_were_cut() -> None:
+    """Rows of 10 positions, the windows of 4 at 2 and 6; the last row ends after 7."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        Row(document, 0, 2, np.zeros(size, dtype=np.int32), 0) for document, size in enumerate((10, 10, 7))
+    ]
+    cutter = Cutter(rows, 4, 0, 0)
+    x = torch.randn(3, 10, 5, generator=generator)
+    shared = (cutter.mask, cutter.place, cutter.priority)
+    inside = WindowBatch(x, *shared, where=cutter.where)
+    cut = WindowBatch(cutter(x), *shared)
+    assert cutter.mask.sum(1).tolist() == [4, 4, 4, 4, 4, 1]
+    for one, other in zip(inside.tokens(), cut.tokens(), strict=True):
+        assert torch.equal(one, other)
+    windows, units = torch.tensor([5, 0, 3]), torch.tensor([1, 4, 2])
+    assert torch.equal(inside.whole(windows, inside.activations), cut.activations[windows])
+    assert torch.equal(inside.pick(windows, units, x), cut.activations[windows, :, units])
+    assert torch.equal(cut.activations[0], x[0, 2:6]) and torch.equal(cut.activations[5, 0], x[2, 6])
+    assert (cut.activations[5, 1:] == 0).all()

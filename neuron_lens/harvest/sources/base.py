@@ -1,6 +1,6 @@
 """What every kind of unit has in common: where it is read, which units are kept, how one is replaced.
 
-A source hangs hooks into a tree; after each forward it hands over what they caught, cut into windows, a range
+A source hangs hooks into a tree; after each forward it hands over what they caught, a range
 of units at a time, so that a wide source is never dense all at once.
 """
 
@@ -28,18 +28,19 @@ Cut = Callable[[Tensor], Tensor]
 
 
 class Caught:
-    """Windows of one source and one batch: `columns(first, last)` are the activations `[window, length, unit]`
-    of a range of its kept units, `partners` the tokens back to the source token (heads) or None."""
+    """What one source held in one batch, `[row, pos, unit]`, or cut into windows, `[window, length, unit]`."""
+
+    is_cut = False
 
     def __init__(self, activations: Tensor, partners: Tensor | None = None) -> None:
         self._activations, self._partners = activations, partners
 
     def columns(self, first: int, last: int) -> Tensor:
-        """Activations `[window, length, last - first]`."""
+        """The activations of a range of the kept units `[..., last - first]`."""
         return self._activations[..., first:last]
 
     def partners(self, first: int, last: int) -> Tensor | None:
-        """Tokens back to the token that contributes most `[window, length, last - first]`, int16."""
+        """Tokens back to the token that contributes most `[..., last - first]`, int16 (heads)."""
         return None if self._partners is None else self._partners[..., first:last]
 
 
@@ -130,7 +131,8 @@ class UnitSource(ABC):
 
     @abstractmethod
     def take(self, cut: Cut) -> Caught:
-        """What the last forward left, cut into windows; nothing of it stays here."""
+        """What the last forward left; nothing of it stays here. `cut` is for what is worth cutting before more is
+        computed of it."""
 
     @abstractmethod
     def replacing(self, index: int, value: float, where: Tensor) -> TransformerHooks:

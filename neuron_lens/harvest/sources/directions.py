@@ -70,7 +70,7 @@ class DirectionSource(UnitSource):
 
     def take(self, cut: Cut) -> Caught:
         """Projections onto the directions."""
-        return Caught(cut(self._pop(self.site).float() @ self.vectors.T))
+        return Caught(self._pop(self.site).float() @ self.vectors.T)
 
     def replacing(self, index: int, value: float, where: Tensor) -> TransformerHooks:
         """Move the activation along the direction until its projection is `value`."""

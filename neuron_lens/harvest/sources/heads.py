@@ -54,7 +54,7 @@ class HeadSource(UnitSource):
         )  # [batch, head, key_pos]
         source = (probs.float() * strengths[:, :, None]).argmax(-1).permute(0, 2, 1)  # [batch, pos, head]
         here = torch.arange(source.shape[1], device=source.device)[None, :, None]
-        return Caught(cut(norms), cut((here - source).clamp(min=0).to(torch.int16)))
+        return Caught(norms, (here - source).clamp(min=0).to(torch.int16))
 
     def _norms(self, vectors: Tensor) -> Tensor:
         """|v W_O| for vectors `[batch, pos, head, d_head]`: `[batch, pos, head]`."""

@@ -148,6 +148,8 @@ class LatentSource(UnitSource):
 class _CaughtLatents(Caught):
     """Encoded a range at a time where each latent stands on its own, once where they are ranked."""
 
+    is_cut = True
+
     def __init__(self, autoencoder: Autoencoder, x: Tensor, indices: tuple[int, ...]) -> None:
         self._autoencoder, self._x = autoencoder, x
         self._all = len(indices) == autoencoder.config.d_latent

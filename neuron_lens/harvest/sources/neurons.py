@@ -30,7 +30,7 @@ class NeuronSource(UnitSource):
 
     def take(self, cut: Cut) -> Caught:
         """The neurons' activations."""
-        return Caught(cut(self._pop(self.site)))
+        return Caught(self._pop(self.site))
 
     def replacing(self, index: int, value: float, where: Tensor) -> TransformerHooks:
         """Set one column of the site."""
