@@ -12,11 +12,12 @@ from itertools import pairwise
 from typing import Any, Literal, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 
 from neuron_lens.errors import RequestError
 from neuron_lens.explain.result import TokenValue
-from neuron_lens.explain.unit import ExplainedUnit, UnitWindows
+from neuron_lens.explain.unit import ExplainedUnit
 from neuron_lens.records import QuantileStratum, Record, TokenWindow, Unit, UnitStatistics, WindowId
 from neuron_lens.windows import SPLITS
 
@@ -65,11 +66,17 @@ class Part(Record):
 
 
 class Density(Record):
-    """How often the unit fires in the uniform sample of all parts: the share of its windows and of its tokens."""
+    """How often the unit fires: the share of windows, and of tokens.
+
+    `windows` is counted in the uniform sample of all parts (`n_windows`). Where none of these fires (`firing_windows`
+    is 0), it is derived: tokens it fires at, by how many of them a window holds in which it fires at all.
+    `tokens` is that of the whole corpus.
+    """
 
     windows: float = Field(ge=0, le=1)
     tokens: float = Field(ge=0, le=1)
     n_windows: NonNegativeInt
+    firing_windows: NonNegativeInt
 
 
 class Evidence(Record):
@@ -129,9 +136,12 @@ class Evidence(Record):
         suppressed: tuple[TokenValue, ...] = (),
         reads: tuple[TokenValue, ...] = (),
     ) -> Evidence:
-        """The evidence in a unit's harvested windows; strata are those of its firing windows in the sample."""
-        threshold = explained.firing_threshold
-        parts = {name: _part(explained.held.part(name), threshold) for name in SPLITS}
+        """The evidence in a unit's harvested windows.
+
+        Strata are those of the windows it fires in: in the uniform sample, and, of a unit silent almost everywhere, in
+        the sample of its firing windows.
+        """
+        parts = {name: _part(explained, name) for name in SPLITS}
         return cls(
             unit=explained.unit,
             statistics=explained.statistics(),
@@ -166,12 +176,19 @@ class Evidence(Record):
         sample = [window for _, part in self.parts() for window in part.random]
         if not sample:
             return None
-        values = np.array([value for window in sample for value in window.activations])
+        firing = sum(self.fires(window) for window in sample)
         return Density(
-            windows=sum(self.fires(window) for window in sample) / len(sample),
-            tokens=float((values > self.firing_threshold).mean()),
+            windows=firing / len(sample) if firing else self._rare_windows(sample),
+            tokens=self.statistics.density,
             n_windows=len(sample),
+            firing_windows=firing,
         )
+
+    def _rare_windows(self, sample: list[TokenWindow]) -> float:
+        loud = [w for _, part in self.parts() for w in part.windows if self.fires(w)]
+        fired = sum(value > self.firing_threshold for window in loud for value in window.activations)
+        length = sum(len(window.tokens) for window in sample) / len(sample)
+        return min(self.statistics.density * length * len(loud) / fired, 1.0) if fired else 0.0
 
 
 def strata_of(
@@ -194,14 +211,19 @@ def strata_of(
     )
 
 
-def _part(held: UnitWindows, threshold: float) -> Part:
-    top = held.only(held.top)
-    sample = held.only(held.random)
-    random = sample.records(np.arange(len(sample.rows)))
+def _part(explained: ExplainedUnit, name: str) -> Part:
+    held = explained.held.part(name)
+    records = dict(zip(held.rows.tolist(), held.records(np.arange(len(held.rows))), strict=True))
+
+    def some(chosen: NDArray[np.bool_]) -> tuple[TokenWindow, ...]:
+        return tuple(records[row] for row in held.rows[chosen].tolist())
+
+    top = some(held.top)
     return Part(
-        top=top.records(np.argsort(-top.largest(), kind="stable")),
-        random=random,
-        strata=strata_of(random, threshold),
+        top=tuple(sorted(top, key=lambda window: -window.max_activation)),
+        random=some(held.random),
+        near_misses=explained.held.near_misses(name),
+        strata=strata_of(some(held.random | held.fired), explained.firing_threshold),
     )
 
 

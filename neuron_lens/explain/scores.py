@@ -6,7 +6,8 @@ without a prediction is missing: it lowers the coverage and enters no figure. A 
 None.
 
 Intervals are percentile intervals, widened as Hesterberg ("What Teachers Should Know About the Bootstrap", 2015,
-section 4.2: the expanded percentile interval) says, because plain ones are too narrow for few windows.
+section 4.2: the expanded percentile interval) says, because plain ones are too narrow for few windows. Below about
+eight windows these are still too narrow.
 """
 
 from __future__ import annotations

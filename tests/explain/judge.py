@@ -14,12 +14,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from neuron_lens.explain.explainers.base import prompt_named
 from neuron_lens.explain.puzzles import Rule, puzzles, tokens_of
 from neuron_lens.explain.scorers import Effect
-from neuron_lens.llm import Request, Response, ScriptedBackend, TokenLogprob, TokenLogprobs
+from neuron_lens.llm import Request, Response, ScriptedBackend, TokenLogprob, TokenLogprobs, prompt_names
 from neuron_lens.records import Unit
 
+# The first words a model reads, and which prompt they begin.
+_KINDS = {
+    prompt.messages(**dict.fromkeys(prompt.slots, "x"))[0].content[:300]: name
+    for name in prompt_names(package="neuron_lens.explain")
+    if (prompt := prompt_named(name)).template.startswith("[system]")
+} | {
+    prompt_named(name).template[:300].split("{{")[0]: name for name in ("surprisal", "simulation_all_at_once")
+}
+
 RULES: dict[str, Rule] = {puzzle.explanation: puzzle.rule for puzzle in puzzles()}
+
+
+def kind_of(request: Request) -> str:
+    """The name of the prompt a request was made with."""
+    head = request.texts[0]
+    return next(name for words, name in _KINDS.items() if head.startswith(words))
 
 
 def guess(*what: object) -> float:
@@ -30,33 +46,35 @@ def guess(*what: object) -> float:
 
 @dataclass(frozen=True)
 class RuleJudge:
-    """Answers every prompt of the package. `salt` makes other guesses."""
+    """Answers every prompt of the package, told apart by their words. `salt` makes other guesses; `error` is the share
+    of rule applications that come out wrong."""
 
     salt: int = 0
+    error: float = 0.0
 
     def __call__(self, request: Request) -> str | Response:
-        kind = request.prompt_version.split("@")[0]
-        return getattr(self, kind)(request)
+        answer: str | Response = getattr(self, kind_of(request))(request)
+        return answer
 
     def detection(self, request: Request) -> str:
         rule, texts, asked = _parts(request)
-        return _answers(
-            any(rule.fires(tokens_of(text))) if rule else self._guess(asked, text) > 0.5 for text in texts
-        )
+        return _answers(self._holds(rule, asked, text) for text in texts)
 
     def fuzzing(self, request: Request) -> str:
         rule, texts, asked = _parts(request)
         marks = re.search(r"The marks are (\S+) and (\S+)\.", request.texts[-1])
         assert marks is not None
         return _answers(
-            _right_marks(text, rule, marks[1], marks[2]) if rule else self._guess(asked, text) > 0.5
+            _right_marks(text, rule, marks[1], marks[2]) != self._errs(text)
+            if rule
+            else self._guess(asked, text) > 0.5
             for text in texts
         )
 
     def intruder(self, request: Request) -> str:
         rule, texts, asked = _parts(request)
         silent = [
-            number for number, text in enumerate(texts, 1) if rule and not any(rule.fires(tokens_of(text)))
+            number for number, text in enumerate(texts, 1) if rule and not self._holds(rule, asked, text)
         ]
         choices = silent or list(range(1, len(texts) + 1))
         return json.dumps({"intruder": choices[int(self._guess(asked, texts) * len(choices))]})
@@ -64,10 +82,7 @@ class RuleJudge:
     def causal(self, request: Request) -> str:
         rule, _, asked = _parts(request)
         records = [json.loads(line) for line in re.findall(r"^\d+: (\{.*)$", request.texts[-1], re.MULTILINE)]
-        return _answers(
-            any(rule.fires(tokens_of(one["text"]))) if rule else self._guess(asked, one) > 0.5
-            for one in records
-        )
+        return _answers(self._holds(rule, asked, one["text"]) for one in records)
 
     def simulation_text(self, request: Request) -> str:
         rule, _, asked = _parts(request)
@@ -93,7 +108,7 @@ class RuleJudge:
         head, text = request.prompt.rsplit("\n\nText: ", 1)
         asked = head.rsplit("Property: ", 1)[1]
         rule = RULES.get(asked)
-        fits = any(rule.fires(tokens_of(text))) if rule else False
+        fits = self._holds(rule, asked, text) if rule else False
         logprob = -3.0 + 0.5 * fits + 0.2 * self._guess(asked, text)
         tokens = tokens_of(request.prompt)
         return Response(
@@ -103,15 +118,24 @@ class RuleJudge:
     def _levels(self, rule: Rule | None, asked: str, tokens: Sequence[str]) -> list[int]:
         if rule is None:
             return [math.floor(11 * self._guess(asked, place, *tokens)) for place in range(len(tokens))]
-        return [8 if fires else 0 for fires in rule.fires(tokens)]
+        fired = rule.fires(tokens)
+        return [8 * (fires != self._errs(place, *tokens)) for place, fires in enumerate(fired)]
+
+    def _holds(self, rule: Rule | None, asked: str, text: str) -> bool:
+        if rule is None:
+            return self._guess(asked, text) > 0.5
+        return any(rule.fires(tokens_of(text))) != self._errs(asked, text)
+
+    def _errs(self, *what: object) -> bool:
+        return self.error > 0 and self._guess("error", *what) < self.error
 
     def _guess(self, *what: object) -> float:
         return guess(self.salt, *what)
 
 
-def rule_judge(salt: int = 0, **options: Any) -> ScriptedBackend:
+def rule_judge(salt: int = 0, error: float = 0.0, **options: Any) -> ScriptedBackend:
     """The judge as a backend."""
-    return ScriptedBackend(RuleJudge(salt), name=f"rules {salt}", **options)
+    return ScriptedBackend(RuleJudge(salt, error), name=f"rules {salt} {error}", **options)
 
 
 class RuleEmbedder:

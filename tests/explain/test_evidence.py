@@ -85,8 +85,18 @@ def test_a_part_lists_every_window_once_and_density_counts_the_sample() -> None:
     assert part.firing(0.5) == (loud, faint) and part.silent(0.5) == (quiet,)
     assert part.stratum_of == {faint.identity: 0, loud.identity: 1}
     assert made.density is not None
-    assert (made.density.windows, made.density.tokens, made.density.n_windows) == (2 / 3, 2 / 6, 3)
+    assert (made.density.windows, made.density.tokens) == (2 / 3, made.statistics.density)
+    assert (made.density.n_windows, made.density.firing_windows) == (3, 2)
     assert evidence(test=Part(top=(loud,))).density is None
+
+
+def test_a_unit_too_rare_for_the_sample_has_its_density_from_its_tokens() -> None:
+    loud = window(0, 0, (0.0, 2.0, 2.0, 0.0))  # fires at two tokens a window
+    silent = tuple(window(0, 4 * i, (0.0,) * 4) for i in range(1, 9))
+    made = evidence(train=Part(top=(loud,), random=silent)).density
+    assert made is not None and made.firing_windows == 0
+    assert made.windows == pytest.approx(0.1 * 4 / 2)  # statistics() says a tenth of the tokens
+    assert evidence(train=Part(random=silent)).density.windows == 0.0  # type: ignore[union-attr]
 
 
 @given(st.lists(st.floats(0, 10), max_size=30), st.integers(1, 6))

@@ -64,7 +64,7 @@ class AttentionPairsScorer(RankingScorer):
         found = sorted((pair for window in windows for pair in pairs_of(window)), key=lambda pair: -pair.norm)
         strong = [pair for pair in found if pair.norm > evidence.firing_threshold][: self.n_firing]
         below = _SILENT * largest_of(windows)
-        # A token's activation is its largest write norm: where that is small, so is every pair's.
+        # Where the head writes little, no pair matters much.
         quiet = [
             (window, place)
             for window in windows

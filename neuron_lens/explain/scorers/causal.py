@@ -36,9 +36,9 @@ _LISTED = 8
 class Effect(Record):
     """What changing a unit did to the next-token prediction at some places of one text.
 
-    `text` ends with the (last) token it was changed at. `raised` and `lowered`: the next tokens whose log-probability
-    changed most, most changed first. `divergence`: mean KL(intact || changed) at those places, nats. `of`: the
-    document and first token of the window.
+    `text` ends with the (last) token it was changed at. `raised` and `lowered`: the next tokens whose logit (centred
+    over the vocabulary) changed most, most changed first. `divergence`: mean KL(intact || changed) at those places,
+    nats. `of`: the document and first token of the window.
     """
 
     kind: Literal["steer", "ablate"]

@@ -20,6 +20,7 @@ def simulator_for(backend: Backend | None) -> Simulator:
     if backend is None:
         raise RequestError("simulation asks a judge: give it a backend (see neuron_lens.llm)")
     if not backend.capabilities.lacking(AllAtOnceSimulator.needs):
-        return AllAtOnceSimulator()
+        most = backend.capabilities.max_top_logprobs
+        return AllAtOnceSimulator(alternatives=min(AllAtOnceSimulator.alternatives, most))
     require(backend, TextSimulator.needs, "simulation by text (all at once needs prompt_logprobs)")
     return TextSimulator()

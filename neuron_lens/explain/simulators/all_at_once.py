@@ -45,46 +45,47 @@ class AllAtOnceSimulator:
         prompt = prompt_named(self.name)
         rows = [[f"{visible(token)}\t{_UNKNOWN}" for token in window.tokens] for window in windows]
         tables = ["\n".join(["<start>", *lines, "<end>"]) for lines in rows]
-        texts = [prompt.render(explanation=explanation, activations=table) for table in tables]
         calls = tuple(
             Request(
-                prompt=text,
+                prompt=prompt.render(explanation=explanation, activations=table),
                 max_tokens=0,
                 prompt_logprobs=self.alternatives,
                 prompt_version=prompt.version,
             )
-            for text in texts
+            for table in tables
         )
 
         def read(answers: Sequence[Answer]) -> list[Simulated]:
             return [
-                _read(answer, text, _slots(text, table, lines))
-                for answer, text, table, lines in zip(answers, texts, tables, rows, strict=True)
+                _read(answer, table, _slots(lines))
+                for answer, table, lines in zip(answers, tables, rows, strict=True)
             ]
 
         return Plan(calls, read)
 
 
-def _slots(text: str, table: str, lines: list[str]) -> list[int]:
-    """Where each "unknown" of the window begins in the prompt, in characters."""
-    at = text.rindex(table) + len("<start>\n")
-    slots = []
+def _slots(lines: list[str]) -> list[int]:
+    """Where each "unknown" of the table begins, in characters from the table's begin."""
+    slots, at = [], len("<start>\n")
     for line in lines:
         slots.append(at + len(line) - len(_UNKNOWN))
         at += len(line) + 1
     return slots
 
 
-def _read(answer: Response | Missing, text: str, slots: list[int]) -> Simulated:
+def _read(answer: Response | Missing, table: str, slots: list[int]) -> Simulated:
+    """The table is found at the end of the prompt: before it there may be tokens of the model's own."""
+    nothing: Simulated = (None,) * len(slots)
     if isinstance(answer, Missing) or answer.prompt_tokens is None:
-        return (None,) * len(slots)
+        return nothing
+    whole = "".join(token.token for token in answer.prompt_tokens)
+    if not whole.endswith(table):
+        return nothing  # a tokenizer that rewrites the text leaves no slot to be found
     begins: dict[int, TokenLogprobs] = {}
-    at = 0
+    at = len(table) - len(whole)
     for token in answer.prompt_tokens:
         begins[at] = token
         at += len(token.token)
-    if "".join(token.token for token in answer.prompt_tokens) != text:
-        return (None,) * len(slots)  # a tokenizer that rewrites the text leaves no slot to be found
     return tuple(expected_level(begins.get(slot)) for slot in slots)
 
 
