@@ -1,11 +1,12 @@
 """Training and evaluating sparse autoencoders on a model's activations.
 
-Reading order: settings, stream, objectives, trainer, checkpoint, evaluation.
+Reading order: settings, stream, objectives, optimisation, trainer, checkpoint, evaluation.
 """
 
 from __future__ import annotations
 
 from neuron_lens.autoencoder_training.evaluation import Evaluation, evaluate_autoencoder
+from neuron_lens.autoencoder_training.optimisation import Optimisation
 from neuron_lens.autoencoder_training.settings import TrainingSettings
 from neuron_lens.autoencoder_training.stream import ActivationStream
 from neuron_lens.autoencoder_training.trainer import Trainer, train_autoencoder
@@ -13,6 +14,7 @@ from neuron_lens.autoencoder_training.trainer import Trainer, train_autoencoder
 __all__ = [
     "ActivationStream",
     "Evaluation",
+    "Optimisation",
     "Trainer",
     "TrainingSettings",
     "evaluate_autoencoder",

@@ -22,6 +22,9 @@ class TrainingSettings(Frozen):
 
     site: str = "resid.torso.post_mlp"
     layer: int | None = Field(default=None, ge=0)  # None for sites outside the blocks
+    site_out: str | None = None  # a transcoder: the site that is predicted from `site`
+    layer_out: int | None = Field(default=None, ge=0)  # of site_out; None: `layer`
+    skip: bool = False  # a transcoder with a linear map from what it reads to what it predicts
     d_latent: int = Field(gt=0)
     activation: TrainedActivation = "topk"
     k: int | None = Field(default=None, gt=0)  # active latents per token (topk), on average (batch_topk)
@@ -46,6 +49,25 @@ class TrainingSettings(Frozen):
     def _agree(self) -> Self:
         ranked = self.activation in _RANKED
         rules = [
+            (
+                self.site_out is None and (self.layer_out is not None or self.skip),
+                "layer_out and skip are for transcoders: give site_out, the site that is predicted",
+            ),
+            (
+                self.site_out == self.site and self.layer_out in (None, self.layer),
+                f"site_out is {self.site!r}, which is read already; leave it out to train an autoencoder",
+            ),
+            (
+                self.site_out is not None and self.activation == "gated",
+                "no format holds a gated transcoder: train it with relu, topk, batch_topk or jumprelu",
+            ),
+            (
+                self.site_out is not None
+                and self.activation == "topk"
+                and (self.layer is None or self.layer_out not in (None, self.layer)),
+                "a top-k transcoder is saved in circuit-tracer's format, which holds one layer: leave layer_out "
+                "out, or train with batch_topk",
+            ),
             (ranked and self.k is None, f"activation {self.activation!r} needs k"),
             (not ranked and self.k is not None, f"k is for {' and '.join(_RANKED)}, not {self.activation!r}"),
             (
@@ -64,6 +86,13 @@ class TrainingSettings(Frozen):
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
+
+    @property
+    def target(self) -> tuple[str, int | None] | None:
+        """The site and layer a transcoder predicts."""
+        if self.site_out is None:
+            return None
+        return self.site_out, self.layer if self.layer_out is None else self.layer_out
 
     @property
     def n_steps(self) -> int:

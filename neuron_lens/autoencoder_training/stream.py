@@ -8,6 +8,7 @@ that a stream can be taken up anywhere: nothing of it need be saved.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,6 +38,8 @@ class ActivationStream:
     Args:
         layer: of the site; None when it is outside the blocks.
         buffer_tokens: activations that are shuffled together; rounded up to whole rows.
+        target: another site and its layer, whose activations of the same tokens stand beside the first's, in a
+            batch [batch_tokens, d_in + d_out]; `parted` takes them apart.
     """
 
     def __init__(
@@ -49,8 +52,11 @@ class ActivationStream:
         batch_tokens: int,
         buffer_tokens: int,
         seed: int = 0,
+        target: tuple[str, int | None] | None = None,
     ) -> None:
-        self.model, self.site, self.layer = model, site, layer
+        self.model = model
+        self.places = [(site, layer)] if target is None else [(site, layer), target]
+        self.widths: list[int] = []
         self.batch_tokens, self.buffer_tokens, self.seed = (
             batch_tokens,
             max(buffer_tokens, batch_tokens),
@@ -64,7 +70,15 @@ class ActivationStream:
                 f"the training part of the corpus {corpus.name} has {self.tokens_per_epoch} tokens, less than one "
                 f"batch of {batch_tokens}; give more text or a smaller batch_tokens"
             )
-        _check_site(model, site, layer)
+        for place in self.places:
+            _check_site(model, *place)
+
+    def parted(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """What is read [batch, d_in] and what is predicted [batch, d_out]: the same where there is no target."""
+        if len(self.places) == 1:
+            return batch, batch
+        read, predicted = batch.split(self.widths, dim=-1)
+        return read, predicted
 
     def batches(self, start: int = 0) -> Iterator[Tensor]:
         """Batch number `start` and all that follow, [batch_tokens, d_in] in the model's dtype."""
@@ -101,22 +115,25 @@ class ActivationStream:
 
     @torch.no_grad()
     def _activations(self, rows: Sequence[Row]) -> Tensor:
-        caught: list[Tensor] = []
+        caught: dict[int, Tensor] = {}
 
-        def catch(x: Tensor, layer: int | None = None) -> None:
-            if layer == self.layer:
-                caught.append(x)
+        def catch(x: Tensor, place: int, layer: int | None = None) -> None:
+            if layer == self.places[place][1]:
+                caught[place] = x.flatten(2)
 
-        hooks = TransformerHooks().append_to_path(f"{self.site}.fwd", catch)
+        hooks = TransformerHooks()
+        for place, (site, _) in enumerate(self.places):
+            hooks.append_to_path(f"{site}.fwd", partial(catch, place=place))
+        layers = [layer for _, layer in self.places if layer is not None]
+        stop = max(layers) + 1 if len(layers) == len(self.places) else None
         parts = []
         for first_row in range(0, len(rows), _BATCH_ROWS):
             batch = rows[first_row : first_row + _BATCH_ROWS]
             tokens, pad, first = model_inputs(self.model, [row.ids for row in batch])
-            stop = None if self.layer is None else self.layer + 1
             self.model(tokens, hooks=hooks, pad=pad if pad.any() else None, stop_at_layer=stop)
-            parts.append(
-                caught.pop().flatten(2)[kept_columns(batch, tokens.shape[1], first).to(tokens.device)]
-            )
+            found = [caught.pop(place) for place in range(len(self.places))]
+            self.widths, together = [each.shape[-1] for each in found], torch.cat(found, dim=-1)
+            parts.append(together[kept_columns(batch, tokens.shape[1], first).to(tokens.device)])
         return torch.cat(parts)
 
 

@@ -19,7 +19,7 @@ from neuron_lens.autoencoders.load import (
     load_cross_layer_transcoder,
 )
 from neuron_lens.autoencoders.normalisation import DecodeState
-from neuron_lens.autoencoders.save import save_saelens
+from neuron_lens.autoencoders.save import save_autoencoder, save_circuit_tracer, save_saelens
 from neuron_lens.autoencoders.self_check import SelfCheck, check_autoencoder, explained_variance
 from neuron_lens.autoencoders.sparse import SparseLatents
 from neuron_lens.autoencoders.splice import Splice, reference_errors, splice
@@ -41,6 +41,8 @@ __all__ = [
     "load_autoencoders",
     "load_cross_layer_transcoder",
     "reference_errors",
+    "save_autoencoder",
+    "save_circuit_tracer",
     "save_saelens",
     "splice",
 ]

@@ -11,12 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from neuron_lens.autoencoders.activations import Gated, RankedActivation, build_activation
+from neuron_lens.autoencoders.activations import Gated, RankedActivation, TopK, build_activation
 from neuron_lens.autoencoders.activations.base import LatentIndex
 from neuron_lens.autoencoders.config import AutoencoderConfig
 from neuron_lens.autoencoders.normalisation import DecodeState, normalise
 from neuron_lens.autoencoders.self_check import SelfCheck
-from neuron_lens.autoencoders.sparse import SparseLatents, sum_of_rows
+from neuron_lens.autoencoders.sparse import (
+    SparseLatents,
+    sum_of_rows,
+    topk_of_product,
+    with_selected_gradient,
+)
 from neuron_lens.errors import RequestError
 
 __all__ = ["Autoencoder", "decoder_norms"]
@@ -108,15 +113,15 @@ class Autoencoder(nn.Module):
         """
         index = None if latents is None else self._index(latents)
         if index is None or not self.activation.is_elementwise:
-            h, _ = self._pre_activations_and_state(x)
+            h, _ = self.pre_activations_with_state(x)
             acts = self._activate(h)
             return acts if index is None else acts[..., index]
-        h, _ = self._pre_activations_and_state(x, index)
+        h, _ = self.pre_activations_with_state(x, index)
         return self.activation(h, index)
 
     def encode_with_state(self, x: Tensor) -> tuple[Tensor, DecodeState]:
         """Latents [..., d_latent], and what `decode` must know of x."""
-        h, state = self._pre_activations_and_state(x)
+        h, state = self.pre_activations_with_state(x)
         return self._activate(h), state
 
     def encode_through(
@@ -132,8 +137,12 @@ class Autoencoder(nn.Module):
         h, state = self._affine(on_input(self._flat(x)))
         return self._activate(h, on_pre_activations), state
 
-    def encode_sparse(self, x: Tensor) -> tuple[SparseLatents, DecodeState]:
+    def encode_sparse(self, x: Tensor, *, sparse_gradient: bool = False) -> tuple[SparseLatents, DecodeState]:
         """The active latents as values and indices [..., k], and what `decode` must know of x.
+
+        Args:
+            sparse_gradient: top-k only: the gradient takes the k columns of W_enc that each position selected instead
+                of two products with all of it, and cannot be differentiated again; for training.
 
         Raises RequestError for architectures that do not fix how many latents are active.
         """
@@ -142,8 +151,33 @@ class Autoencoder(nn.Module):
                 "encode_sparse needs a fixed number of active latents, which "
                 f"{self.config.activation!r} does not have; use encode"
             )
-        h, state = self._pre_activations_and_state(x)
+        plain = isinstance(self.activation, TopK) and self.config.decoder_norm == "ignore"
+        if sparse_gradient and not plain:
+            raise RequestError("sparse_gradient is for plain top-k; leave it out")
+        if sparse_gradient or (plain and self._graph_free(x)):
+            return self._encode_topk(x)
+        h, state = self.pre_activations_with_state(x)
         return self._select(h), state
+
+    def _encode_topk(self, x: Tensor) -> tuple[SparseLatents, DecodeState]:
+        """Plain top-k by the parts of the product that are ranked; the gradient, if any, is sparse."""
+        assert isinstance(self.activation, TopK) and self.b_enc is not None, "top-k has a bias"
+        flat = self._flat(x)
+        encoder_in, state = self._encoder_input(flat)
+        values, indices = topk_of_product(encoder_in, self.W_enc, self.b_enc, self.activation.k)
+        if torch.is_grad_enabled():
+            values = with_selected_gradient(values, encoder_in, indices, self.W_enc, self.b_enc)
+        values = values.relu() if self.activation.relu else values
+        return SparseLatents(values, indices), self._with_skip(state, flat)
+
+    def _graph_free(self, x: Tensor) -> bool:
+        """Whether nothing will be differentiated, batched or compiled."""
+        if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return False
+        if torch.autograd.forward_ad._current_level >= 0:
+            return False
+        parts = (x, self.W_enc, self.b_enc, self.b_pre)
+        return not torch.is_grad_enabled() or not any(p is not None and p.requires_grad for p in parts)
 
     def encode_compact(self, x: Tensor) -> tuple[Tensor | SparseLatents, DecodeState]:
         """Latents in the form that decodes fastest: sparse where few are active, else dense; and the state."""
@@ -151,9 +185,9 @@ class Autoencoder(nn.Module):
             return self.encode_sparse(x)
         return self.encode_with_state(x)
 
-    def pre_activations(self, x: Tensor) -> Tensor:
-        """What the activation is given [..., d_latent]; for gated autoencoders without either bias."""
-        return self._pre_activations_and_state(x)[0]
+    def pre_activations(self, x: Tensor, latents: slice | Sequence[int] | Tensor | None = None) -> Tensor:
+        """What the activation is given [..., d_latent], or [..., n] for n latents; when gated, without either bias."""
+        return self.pre_activations_with_state(x, None if latents is None else self._index(latents))[0]
 
     def decode(self, latents: Tensor | SparseLatents, state: DecodeState | None = None) -> Tensor:
         """The reconstruction [..., d_out] of latents [..., d_latent], edited or not.
@@ -213,24 +247,29 @@ class Autoencoder(nn.Module):
     def _few(self, active: int) -> bool:
         return active <= self.config.d_latent * _SPARSE_SHARE
 
-    def _pre_activations_and_state(
+    def pre_activations_with_state(
         self, x: Tensor, index: LatentIndex | None = None
     ) -> tuple[Tensor, DecodeState]:
+        """What the activation is given [..., d_latent], and what `decode` must know of x."""
         return self._affine(self._flat(x), index)
 
     def _affine(self, flat: Tensor, index: LatentIndex | None = None) -> tuple[Tensor, DecodeState]:
         """Pre-activations and state of an input whose head axes are flat [..., d_in]."""
-        normed, state = normalise(flat, self.config)
-        encoder_in = normed.to(self.dtype)
-        if self.b_pre is not None:
-            encoder_in = encoder_in - self.b_pre
+        encoder_in, state = self._encoder_input(flat)
         W_enc = self.W_enc if index is None else self.W_enc[:, index]
         b_enc = self.b_enc if self.b_enc is None or index is None else self.b_enc[index]
-        h = F.linear(encoder_in, W_enc.T, b_enc)
-        if self.W_skip is not None:
-            skip = flat.to(self.dtype) @ self.W_skip
-            state = state._replace(offset=state.offset + skip)
-        return h, state
+        return F.linear(encoder_in, W_enc.T, b_enc), self._with_skip(state, flat)
+
+    def _encoder_input(self, flat: Tensor) -> tuple[Tensor, DecodeState]:
+        """What is multiplied with W_enc [..., d_in], and the state without the skip term."""
+        normed, state = normalise(flat, self.config)
+        encoder_in = normed.to(self.dtype)
+        return (encoder_in if self.b_pre is None else encoder_in - self.b_pre), state
+
+    def _with_skip(self, state: DecodeState, flat: Tensor) -> DecodeState:
+        if self.W_skip is None:
+            return state
+        return state._replace(offset=state.offset + flat.to(self.dtype) @ self.W_skip)
 
     def _flat(self, x: Tensor) -> Tensor:
         if not x.is_floating_point():

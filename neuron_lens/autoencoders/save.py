@@ -1,10 +1,11 @@
-"""Save an autoencoder as a SAELens (version 6) folder, so that others can read it.
+"""Save an autoencoder so that others can read it: as a SAELens (version 6) folder, or as circuit-tracer's transcoder.
 
-What SAELens cannot say is folded into the weights; what cannot be folded is refused.
+What a format cannot say is folded into the weights; what cannot be folded is refused.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from neuron_lens.autoencoders.config import AutoencoderConfig
 from neuron_lens.autoencoders.folding import Weights, fold_input_bias, fold_scale
 from neuron_lens.autoencoders.sites import published_name
 from neuron_lens.errors import RequestError
-from neuron_lens.files.atomic import atomic_path, write_json_atomic
+from neuron_lens.files.atomic import atomic_path, write_json_atomic, write_text_atomic
 
-__all__ = ["save_saelens"]
+__all__ = ["save_autoencoder", "save_circuit_tracer", "save_saelens"]
 
 # The version whose layout this is; SAELens reads it to tell its old flat configs from new ones.
 _SAELENS_VERSION = "6.0.0"
@@ -37,6 +38,64 @@ _ARCHITECTURES = {
     ("batch_topk", True, False): "jumprelu_transcoder",
     ("batch_topk", True, True): "jumprelu_skip_transcoder",
 }
+
+
+def save_autoencoder(autoencoder: Autoencoder, folder: str | Path) -> str:
+    """Write it in SAELens' format, or a top-k transcoder, which that does not know, in circuit-tracer's.
+
+    Returns the format's name. Raises RequestError for what neither can express.
+    """
+    if autoencoder.config.is_transcoder and autoencoder.config.activation == "topk":
+        save_circuit_tracer(autoencoder, folder)
+        return "circuit_tracer"
+    save_saelens(autoencoder, folder)
+    return "saelens"
+
+
+def save_circuit_tracer(autoencoder: Autoencoder, folder: str | Path) -> None:
+    """Write `layer_N.safetensors` and the set's `config.yaml` into `folder`.
+
+    For transcoders (relu, top-k, jump-relu that does not clip) within one layer; layers of one set may share a folder.
+
+    Raises:
+        RequestError: another architecture, a site without a published name, two layers.
+    """
+    config = autoencoder.config
+    weights: Weights = {name: tensor.detach() for name, tensor in autoencoder.state_dict().items()}
+    if config.normalisation == "scale":
+        config, weights = fold_scale(config, weights, config.scale_in, config.scale_out)
+    config, weights = fold_input_bias(config, weights)
+    read, written = config.site_in, config.site_out
+    said = config.activation in ("relu", "topk") or (
+        config.activation == "jumprelu" and not config.relu_after_selection
+    )
+    if not said or config.normalisation != "none" or config.decoder_norm != "ignore" or config.flatten_heads:
+        raise RequestError(f"circuit-tracer has no place for this autoencoder: {autoencoder.extra_repr()}")
+    if read is None or written is None or read.layer is None or read.layer != written.layer:
+        raise RequestError(
+            f"circuit-tracer's transcoders read and write in one layer; this one reads {read} and writes {written}"
+        )
+    names = {site.path: published_name(site) for site in (read, written)}
+    unknown = [path for path, name in names.items() if name is None]
+    if unknown:
+        raise RequestError(f"{unknown[0]} has no published name, so it cannot be written down")
+    hooks = [str(names[site.path]).removeprefix(f"blocks.{site.layer}.") for site in (read, written)]
+    fields = {
+        "model_name": config.model_name or "",
+        "model_kind": "transcoder_set",
+        "feature_input_hook": hooks[0],
+        "feature_output_hook": hooks[1],
+    }
+    tensors = {"W_enc": weights["W_enc"].T, **{name: weights[name] for name in ("W_dec", "b_enc", "b_dec")}}
+    if config.activation == "topk":
+        fields["activation"], tensors["k"] = "topk", torch.tensor(config.k)
+    if config.activation == "jumprelu":
+        tensors["activation_function.threshold"] = weights["activation.threshold"]
+    if config.has_skip:
+        tensors["W_skip"] = weights["W_skip"].T
+    _write(tensors, Path(folder) / f"layer_{read.layer}.safetensors")
+    lines = [f"{name}: {json.dumps(value)}" for name, value in fields.items()]
+    write_text_atomic(Path(folder) / "config.yaml", "\n".join(lines) + "\n")
 
 
 def save_saelens(autoencoder: Autoencoder, folder: str | Path) -> None:
@@ -61,12 +120,16 @@ def save_saelens(autoencoder: Autoencoder, folder: str | Path) -> None:
         tensors["threshold"] = tensors["threshold"].clamp(min=0).expand(config.d_latent)
     if config.has_skip:
         tensors["W_skip"] = tensors["W_skip"].T
+    _write(tensors, Path(folder) / "sae_weights.safetensors")
+    write_json_atomic(Path(folder) / "cfg.json", _config(config, architecture, autoencoder.dtype))
+
+
+def _write(tensors: Weights, path: Path) -> None:
     from safetensors.torch import save_file
 
     ready = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
-    with atomic_path(Path(folder) / "sae_weights.safetensors") as temporary:
+    with atomic_path(path) as temporary:
         save_file(ready, temporary)
-    write_json_atomic(Path(folder) / "cfg.json", _config(config, architecture, autoencoder.dtype))
 
 
 def _architecture(config: AutoencoderConfig, weights: Weights) -> str:

@@ -10,8 +10,13 @@ import pytest
 import torch
 
 from autoencoder_training.small import ACTIVATIONS, STREAM, byte_model, planted_directions, settings, text
-from neuron_lens.autoencoder_training import ActivationStream, Trainer, train_autoencoder
-from neuron_lens.autoencoder_training.objectives import Pass, auxiliary_loss
+from neuron_lens.autoencoder_training import (
+    ActivationStream,
+    Trainer,
+    TrainingSettings,
+    train_autoencoder,
+)
+from neuron_lens.autoencoder_training.objectives import Pass, auxiliary_loss, build_objective
 from neuron_lens.autoencoder_training.objectives.jumprelu import step_function
 from neuron_lens.autoencoder_training.stream import rows_of_split
 from neuron_lens.autoencoders import Autoencoder, AutoencoderConfig, load_autoencoder
@@ -112,10 +117,11 @@ def test_the_auxiliary_loss_teaches_dead_latents_only() -> None:
     sae = Autoencoder(AutoencoderConfig(d_in=4, d_latent=6, activation="topk", k=1), generator=generator)
     x = torch.randn(5, 4, generator=generator)
     h = sae.pre_activations(x)
-    done = Pass(h.sum(), x * 0.5, h, torch.ones(6, dtype=torch.bool), h.sum())
-    assert auxiliary_loss(sae, x, done, torch.zeros(6, dtype=torch.bool), 2) == 0
+    done = Pass(h.sum(), x * 0.5, torch.ones(6, dtype=torch.bool), h.sum())
+    objective = build_objective(settings(), 1.0)
+    assert auxiliary_loss(objective, sae, x, x, done, torch.zeros(6, dtype=torch.bool), 2) == 0
     dead = torch.tensor([False, True, False, True, True, False])
-    auxiliary_loss(sae, x, done, dead, 2).backward()
+    auxiliary_loss(objective, sae, x, x, done, dead, 2).backward()
     assert (sae.W_dec.grad[~dead] == 0).all() and (sae.W_enc.grad[:, ~dead] == 0).all()
     assert (sae.W_dec.grad[dead] != 0).any()
     # by hand: one dead latent
@@ -124,7 +130,9 @@ def test_the_auxiliary_loss_teaches_dead_latents_only() -> None:
     error = x * 0.5
     predicted = h[:, 2:3].relu() * sae.W_dec[2]
     expected = (error - predicted).square().sum() / (error - error.mean(0)).square().sum()
-    assert auxiliary_loss(sae, x, done, only, 2).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert auxiliary_loss(objective, sae, x, x, done, only, 2).item() == pytest.approx(
+        expected.item(), rel=1e-5
+    )
 
 
 def test_the_thresholds_pseudo_gradient_by_hand() -> None:
@@ -162,6 +170,13 @@ def test_bfloat16_products_train_too(tmp_path: Path) -> None:
         ({"warm_up": 0.6, "decay": 0.6}, "together at most 1"),
         ({"n_tokens": 3}, "less than one batch"),
         ({"widht": 3}, "widht"),
+        ({"skip": True}, "give site_out"),
+        ({"site_out": "resid.torso.delta_mlp", "layer_out": 2}, "which holds one layer"),
+        (
+            {"site_out": "resid.torso.delta_mlp", "activation": "gated", "k": None, "sparsity": 1.0},
+            "no format holds a gated",
+        ),
+        ({"site_out": STREAM}, "which is read already"),
     ],
 )
 def test_settings_that_contradict_themselves_are_refused(changes: dict, message: str) -> None:
@@ -200,3 +215,89 @@ def test_checkpoints_of_other_runs_and_halves_are_refused(tmp_path: Path) -> Non
         file.write_bytes(damaged)
         with pytest.raises(CheckpointError, match="delete it to begin anew"):
             Trainer(MODEL, CORPUS, settings(), tmp_path)
+
+
+def test_the_sparse_gradient_of_topk_is_the_dense_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    config = AutoencoderConfig(d_in=6, d_latent=20, activation="topk", k=4, input_bias="decoder_bias")
+    sae = Autoencoder(config, generator=generator)
+    x, target = torch.randn(2, 9, 6, generator=generator), torch.randn(2, 9, 6, generator=generator)
+    with torch.no_grad():
+        sae.b_enc.add_(torch.randn(20, generator=generator))
+        sae.b_dec.add_(torch.randn(6, generator=generator))
+    found = []
+    for sparse in (False, True):
+        sae.zero_grad()
+        given = x.clone().requires_grad_(True)
+        latents, state = sae.encode_sparse(given, sparse_gradient=sparse)
+        (sae.decode(latents, state) - target).square().sum().backward()
+        found.append([given.grad, *(parameter.grad.clone() for parameter in sae.parameters())])
+    for dense, sparse in zip(*found, strict=True):
+        assert dense.abs().sum() > 0
+        torch.testing.assert_close(sparse, dense, atol=1e-4, rtol=1e-4)
+    with pytest.raises(RequestError, match="for plain top-k"):
+        Autoencoder(AutoencoderConfig(d_in=6, d_latent=20, activation="groupmax", k=4)).encode_sparse(
+            x, sparse_gradient=True
+        )
+
+
+@pytest.mark.parametrize(("kind", "skip"), [("topk", True), ("batch_topk", False), ("jumprelu", True)])
+def test_a_transcoder_learns_a_map_between_sites(
+    kind: str, skip: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth, out = planted_directions(), planted_directions(width=10)
+    linear = torch.randn(16, 10, generator=torch.Generator().manual_seed(9)) / 4
+
+    def activations(self, rows):  # type: ignore[no-untyped-def]
+        n = sum(len(row.ids) - row.keep_from for row in rows)
+        draw = torch.Generator().manual_seed(rows[0].document * 1000 + rows[0].start + n)
+        on = torch.rand(n, len(truth), generator=draw) < 0.08
+        strength = on * (1 + torch.rand(n, len(truth), generator=draw))
+        x = strength @ truth * 5 + 2.0
+        self.widths = [16, 10]
+        return torch.cat([x, strength @ out * 30 + 1 + skip * (x @ linear)], -1)
+
+    monkeypatch.setattr(ActivationStream, "_activations", activations)
+    own = {"topk": {"k": 2}, "batch_topk": {"k": 2}, "jumprelu": {"sparsity": 0.02}}[kind]
+    sites = {"site": "resid.torso.post_ln_mlp", "site_out": "resid.torso.delta_mlp", "skip": skip}
+    chosen = settings(kind, n_tokens=200 * 256, batch_tokens=256, buffer_tokens=600, seed=1, **own, **sites)
+    sae = train_autoencoder(MODEL, CORPUS, chosen, tmp_path, progress=False)
+    assert (sae.config.d_in, sae.config.d_out, sae.config.has_skip) == (16, 10, skip)
+    held = _stream(chosen)
+    x, target = held.parted(held.buffer(3)[:500])
+    missed = (sae(x) - target).square().sum() / (target - target.mean(0)).square().sum()
+    curve = json.loads((tmp_path / "training.json").read_text())["curve"]
+    assert missed < 0.5 and missed == pytest.approx(1 - curve[-1]["variance_explained"], abs=0.1)
+    assert curve[0]["variance_explained"] < 0.3
+    read = load_autoencoder(tmp_path)
+    torch.testing.assert_close(read(x), sae(x), atol=1e-4, rtol=1e-4)
+    assert (read.config.site_in, read.config.site_out) == (sae.config.site_in, sae.config.site_out)
+
+
+def _stream(chosen: TrainingSettings) -> ActivationStream:
+    return ActivationStream(
+        MODEL, CORPUS, chosen.site, chosen.layer, batch_tokens=64, buffer_tokens=600, target=chosen.target
+    )
+
+
+def test_a_stream_of_two_sites_holds_what_the_model_computes_there() -> None:
+    places = [("resid.torso.post_ln_mlp", 1), ("resid.torso.post_mlp", 2)]
+    pairs = ActivationStream(MODEL, CORPUS, *places[0], batch_tokens=64, buffer_tokens=150, target=places[1])
+    read, predicted = pairs.parted(pairs.buffer(1))
+    alone = [
+        ActivationStream(MODEL, CORPUS, *place, batch_tokens=64, buffer_tokens=150).buffer(1)
+        for place in places
+    ]
+    torch.testing.assert_close(read, alone[0])
+    torch.testing.assert_close(predicted, alone[1])
+
+
+def test_an_interrupted_transcoder_goes_on(tmp_path: Path) -> None:
+    chosen = settings("topk", site="resid.torso.post_ln_mlp", site_out="resid.torso.delta_mlp", skip=True)
+    whole = train_autoencoder(MODEL, CORPUS, chosen, tmp_path / "whole", progress=False)
+    for steps in (5, None):
+        Trainer(MODEL, CORPUS, chosen, tmp_path / "parts").run(steps=steps, progress=False)
+    again = Trainer(MODEL, CORPUS, chosen, tmp_path / "parts").finish().state_dict()
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, again[name]), name
+    assert whole.W_skip.abs().sum() > 0

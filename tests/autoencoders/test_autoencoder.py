@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neuron_lens.autoencoders import Autoencoder, AutoencoderConfig, SparseLatents
+from neuron_lens.autoencoders import sparse as sparse_module
 from neuron_lens.autoencoders.activations import keep_batch_topk
 from neuron_lens.autoencoders.sparse import sum_of_rows
 from neuron_lens.errors import ConfigError, RequestError
@@ -325,3 +326,23 @@ def test_ranking_by_decoder_norm_by_hand(decoder_norm: str, latents: float) -> N
     x = torch.tensor([[1.0, 2.0]])
     assert autoencoder.encode(x).tolist() == [[latents, 0.0]]
     torch.testing.assert_close(autoencoder(x), torch.tensor([[6.0, 8.0]]))
+
+
+@settings(deadline=None)
+@given(
+    rows=st.integers(1, 6),
+    d_latent=st.integers(4, 40),
+    k=st.integers(1, 4),
+    part=st.integers(1, 100),
+    seed=st.integers(0, 99),
+)
+def test_the_largest_of_a_product_are_found_in_parts(
+    rows: int, d_latent: int, k: int, part: int, seed: int
+) -> None:
+    x, W, b = normal(rows, 3, seed=seed), normal(3, d_latent, seed=seed + 1), normal(d_latent, seed=seed + 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse_module, "_PART", part)
+        values, indices = sparse_module.topk_of_product(x, W, b, k)
+    whole = x @ W + b
+    torch.testing.assert_close(values.sort(-1).values, whole.topk(k).values.sort(-1).values)
+    torch.testing.assert_close(values, whole.gather(-1, indices))

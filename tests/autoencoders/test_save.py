@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from neuron_lens.autoencoders import Site, load_autoencoder, save_saelens
+from neuron_lens.autoencoders import Site, load_autoencoder, save_circuit_tracer, save_saelens
 from neuron_lens.errors import RequestError
 
 from .test_autoencoder import make, normal
@@ -78,3 +78,37 @@ def test_what_saelens_cannot_say_is_refused(
     with pytest.raises(RequestError, match=message):
         save_saelens(make(name, **fields), tmp_path / "sae")
     assert not (tmp_path / "sae").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [("topk", {"has_skip": True}), ("relu", {"input_bias": "own"}), ("jumprelu negative", {"d_out": 3})],
+)
+def test_a_transcoder_saved_for_circuit_tracer_comes_back(
+    name: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    ours = make(name, **{"model_name": "tiny: small", **MLP, **fields})
+    save_circuit_tracer(ours, tmp_path)
+    theirs = load_autoencoder(tmp_path)
+    x = normal(20, ours.config.d_in)
+    torch.testing.assert_close(theirs.encode(x), ours.encode(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(theirs(x), ours(x), rtol=1e-4, atol=1e-4)
+    for fact in ("site_in", "site_out", "model_name", "activation", "k"):
+        assert getattr(theirs.config, fact) == getattr(ours.config, fact), fact
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("gated", MLP, "no place for this"),
+        ("relu", {**MLP, "normalisation": "layer_norm"}, "no place for this"),
+        ("relu", {**MLP, "site_out": Site(path="resid.torso.delta_mlp", layer=3)}, "in one layer"),
+        ("relu", {**MLP, "site_in": Site(path="resid.torso.attn_in", layer=2)}, "no published name"),
+    ],
+)
+def test_what_circuit_tracer_cannot_say_is_refused(
+    name: str, fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        save_circuit_tracer(make(name, **fields), tmp_path / "set")
+    assert not (tmp_path / "set").exists()

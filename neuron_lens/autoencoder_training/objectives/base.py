@@ -20,8 +20,7 @@ class Pass(NamedTuple):
     """One pass of a batch [batch, d_in] through an autoencoder in training."""
 
     loss: Tensor  # what is minimised, apart from the auxiliary loss; a share of the variance
-    reconstruction: Tensor  # [batch, d_in]
-    pre_activations: Tensor  # [batch, d_latent]; dead latents learn through these
+    reconstruction: Tensor  # [batch, d_out]
     fired: Tensor  # which latents were active for some token [d_latent], bool
     active: Tensor  # active latents per token, on average
 
@@ -36,25 +35,43 @@ class Objective(ABC):
         """Set what should not start at zero; called once, before the first step of a new run."""
 
     @abstractmethod
-    def __call__(self, autoencoder: Autoencoder, x: Tensor, progress: float) -> Pass:
-        """Run a batch x [batch, d_in] (scaled). progress: share of all steps that are done."""
+    def __call__(self, autoencoder: Autoencoder, x: Tensor, target: Tensor, progress: float) -> Pass:
+        """Run a batch (scaled).
+
+        Args:
+            x: [batch, d_in], what is encoded.
+            target: [batch, d_out], what is to be reconstructed: x itself, or a transcoder's other site.
+            progress: share of all steps that are done.
+        """
+
+    def drive(self, autoencoder: Autoencoder, x: Tensor, latents: Tensor) -> Tensor:
+        """What some latents [n] learn through when they are dead [batch, n]."""
+        return autoencoder.pre_activations(x, latents)
 
     def sparsity(self, progress: float) -> float:
         """The weight of the sparsity penalty; it grows at the start, since a whole one at once kills latents."""
         return (self.settings.sparsity or 0.0) * min(1.0, progress / _RAMP)
 
-    def unexplained(self, x: Tensor, reconstruction: Tensor) -> Tensor:
-        """‖x − reconstruction‖² per token, as a share of the variance."""
-        return (x - reconstruction.to(x.dtype)).square().sum(-1).mean() / self.variance
+    def unexplained(self, target: Tensor, reconstruction: Tensor) -> Tensor:
+        """‖target − reconstruction‖² per token, as a share of the variance."""
+        return (target - reconstruction.to(target.dtype)).square().sum(-1).mean() / self.variance
 
 
-def dense_pass(loss: Tensor, reconstruction: Tensor, h: Tensor, latents: Tensor) -> Pass:
+def dense_pass(loss: Tensor, reconstruction: Tensor, latents: Tensor) -> Pass:
     """A pass whose latents [batch, d_latent] are dense."""
     on = latents.detach() != 0
-    return Pass(loss, reconstruction, h, on.any(0), on.sum(-1).float().mean())
+    return Pass(loss, reconstruction, on.any(0), on.sum(-1).float().mean())
 
 
-def auxiliary_loss(autoencoder: Autoencoder, x: Tensor, done: Pass, dead: Tensor, k: int) -> Tensor:
+def auxiliary_loss(
+    objective: Objective,
+    autoencoder: Autoencoder,
+    x: Tensor,
+    target: Tensor,
+    done: Pass,
+    dead: Tensor,
+    k: int,
+) -> Tensor:
     """How badly the k most active dead latents of each token predict what the living ones leave over.
 
     AuxK of Gao et al. 2024 (appendix A.2), as a share of the error's own variance; zero when none is dead.
@@ -66,10 +83,13 @@ def auxiliary_loss(autoencoder: Autoencoder, x: Tensor, done: Pass, dead: Tensor
     which = dead.nonzero()[:, 0]
     if not len(which):
         return x.new_zeros(())
-    error = (x - done.reconstruction.to(x.dtype)).detach()
-    h = done.pre_activations[:, which]
-    values, index = h.topk(min(k, len(which)), dim=-1)
-    latents = torch.zeros_like(h).scatter(-1, index, values.relu())
-    predicted = (latents @ autoencoder.W_dec[which].to(latents.dtype)).to(x.dtype)
+    error = (target - done.reconstruction.to(target.dtype)).detach()
+    h = objective.drive(autoencoder, x, which)
+    if k < len(which):
+        values, index = h.topk(k, dim=-1)
+        latents = torch.zeros_like(h).scatter(-1, index, values.relu())
+    else:
+        latents = h.relu()
+    predicted = (latents @ autoencoder.W_dec[which].to(latents.dtype)).to(target.dtype)
     spread = (error - error.mean(0)).square().sum(-1).mean()
-    return (error - predicted).square().sum(-1).mean() / spread.clamp(min=torch.finfo(x.dtype).tiny)
+    return (error - predicted).square().sum(-1).mean() / spread.clamp(min=torch.finfo(target.dtype).tiny)

@@ -20,24 +20,24 @@ class BatchTopKObjective(Objective):
     The threshold that inference uses is a moving average of the smallest latent that a batch keeps.
     """
 
-    def __call__(self, autoencoder: Autoencoder, x: Tensor, progress: float) -> Pass:
+    def __call__(self, autoencoder: Autoencoder, x: Tensor, target: Tensor, progress: float) -> Pass:
         """See Objective."""
         assert self.settings.k is not None, "the settings have seen to it"
-        h = autoencoder.pre_activations(x)
+        h, state = autoencoder.pre_activations_with_state(x)
         latents = keep_batch_topk(h, self.settings.k)
         self._follow_threshold(autoencoder, latents.detach())
         if self.settings.group_sizes is None:
-            reconstruction = autoencoder.decode(latents)
-            return dense_pass(self.unexplained(x, reconstruction), reconstruction, h, latents)
-        reconstruction, begin, losses = autoencoder.b_dec, 0, []
+            reconstruction = autoencoder.decode(latents, state)
+            return dense_pass(self.unexplained(target, reconstruction), reconstruction, latents)
+        reconstruction, begin, losses = autoencoder.b_dec + state.offset, 0, []
         for size in self.settings.group_sizes:
             group = slice(begin, begin + size)
             reconstruction = (
                 reconstruction + latents[:, group].to(autoencoder.dtype) @ autoencoder.W_dec[group]
             )
-            losses.append(self.unexplained(x, reconstruction))
+            losses.append(self.unexplained(target, reconstruction))
             begin += size
-        return dense_pass(torch.stack(losses).mean(), reconstruction, h, latents)
+        return dense_pass(torch.stack(losses).mean(), reconstruction, latents)
 
     def _follow_threshold(self, autoencoder: Autoencoder, latents: Tensor) -> None:
         activation = autoencoder.activation

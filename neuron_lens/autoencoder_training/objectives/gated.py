@@ -14,15 +14,21 @@ __all__ = ["GatedObjective"]
 class GatedObjective(Objective):
     """‖x − x̂‖² + sparsity · Σ relu(gate) + ‖x − frozen decoder of relu(gate)‖²."""
 
-    def __call__(self, autoencoder: Autoencoder, x: Tensor, progress: float) -> Pass:
+    def __call__(self, autoencoder: Autoencoder, x: Tensor, target: Tensor, progress: float) -> Pass:
         """See Objective."""
         activation = autoencoder.activation
         assert isinstance(activation, Gated), "the objective is chosen by the activation"
-        h = autoencoder.pre_activations(x)
+        h, state = autoencoder.pre_activations_with_state(x)
         latents = activation(h)
-        reconstruction = autoencoder.decode(latents)
+        reconstruction = autoencoder.decode(latents, state)
         gate = (h + activation.b_gate).relu()
         by_gate = gate.to(autoencoder.dtype) @ autoencoder.W_dec.detach() + autoencoder.b_dec.detach()
+        by_gate = by_gate + state.offset.detach()
         penalty = self.sparsity(progress) * gate.sum(-1).float().mean() / self.variance
-        loss = self.unexplained(x, reconstruction) + penalty + self.unexplained(x, by_gate)
-        return dense_pass(loss, reconstruction, h + activation.b_gate, latents)
+        loss = self.unexplained(target, reconstruction) + penalty + self.unexplained(target, by_gate)
+        return dense_pass(loss, reconstruction, latents)
+
+    def drive(self, autoencoder: Autoencoder, x: Tensor, latents: Tensor) -> Tensor:
+        """See Objective: of the gate."""
+        assert isinstance(autoencoder.activation, Gated), "the objective is chosen by the activation"
+        return autoencoder.pre_activations(x, latents) + autoencoder.activation.b_gate[latents]

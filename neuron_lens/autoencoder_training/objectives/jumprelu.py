@@ -23,14 +23,14 @@ class JumpReLUObjective(Objective):
         """See Objective."""
         torch.nn.init.constant_(_threshold(autoencoder), _FIRST_THRESHOLD)
 
-    def __call__(self, autoencoder: Autoencoder, x: Tensor, progress: float) -> Pass:
+    def __call__(self, autoencoder: Autoencoder, x: Tensor, target: Tensor, progress: float) -> Pass:
         """See Objective."""
-        h = autoencoder.pre_activations(x)
+        h, state = autoencoder.pre_activations_with_state(x)
         gate = step_function(h, _threshold(autoencoder), self.settings.bandwidth)
         latents = h.relu() * gate
-        reconstruction = autoencoder.decode(latents)
+        reconstruction = autoencoder.decode(latents, state)
         penalty = self.sparsity(progress) * gate.sum(-1).float().mean()
-        return dense_pass(self.unexplained(x, reconstruction) + penalty, reconstruction, h, latents)
+        return dense_pass(self.unexplained(target, reconstruction) + penalty, reconstruction, latents)
 
 
 def _threshold(autoencoder: Autoencoder) -> Tensor:

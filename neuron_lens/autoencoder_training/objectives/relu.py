@@ -13,10 +13,10 @@ __all__ = ["ReLUObjective"]
 class ReLUObjective(Objective):
     """‖x − x̂‖² + sparsity · Σ latents."""
 
-    def __call__(self, autoencoder: Autoencoder, x: Tensor, progress: float) -> Pass:
+    def __call__(self, autoencoder: Autoencoder, x: Tensor, target: Tensor, progress: float) -> Pass:
         """See Objective."""
-        h = autoencoder.pre_activations(x)
+        h, state = autoencoder.pre_activations_with_state(x)
         latents = h.relu()
-        reconstruction = autoencoder.decode(latents)
+        reconstruction = autoencoder.decode(latents, state)
         penalty = self.sparsity(progress) * latents.sum(-1).float().mean() / self.variance
-        return dense_pass(self.unexplained(x, reconstruction) + penalty, reconstruction, h, latents)
+        return dense_pass(self.unexplained(target, reconstruction) + penalty, reconstruction, latents)

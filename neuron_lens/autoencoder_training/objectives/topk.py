@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from neuron_lens.autoencoder_training.objectives.base import Objective, Pass
-from neuron_lens.autoencoders import Autoencoder, SparseLatents
+from neuron_lens.autoencoders import Autoencoder
 
 __all__ = ["TopKObjective"]
 
@@ -14,14 +14,13 @@ __all__ = ["TopKObjective"]
 class TopKObjective(Objective):
     """‖x − x̂‖²."""
 
-    def __call__(self, autoencoder: Autoencoder, x: Tensor, progress: float) -> Pass:
+    def __call__(self, autoencoder: Autoencoder, x: Tensor, target: Tensor, progress: float) -> Pass:
         """See Objective."""
-        assert self.settings.k is not None, "the settings have seen to it"
-        h = autoencoder.pre_activations(x)
-        values, indices = h.topk(self.settings.k, dim=-1, sorted=False)
-        values = values.relu()
-        reconstruction = autoencoder.decode(SparseLatents(values, indices))
-        on = values.detach() > 0
-        fired = torch.zeros(h.shape[-1], dtype=torch.bool, device=h.device)
-        fired[indices[on]] = True
-        return Pass(self.unexplained(x, reconstruction), reconstruction, h, fired, on.sum(-1).float().mean())
+        latents, state = autoencoder.encode_sparse(x, sparse_gradient=True)
+        reconstruction = autoencoder.decode(latents, state)
+        on = latents.values.detach() > 0
+        fired = torch.zeros(autoencoder.config.d_latent, dtype=torch.bool, device=x.device)
+        fired[latents.indices[on]] = True
+        return Pass(
+            self.unexplained(target, reconstruction), reconstruction, fired, on.sum(-1).float().mean()
+        )
