@@ -44,10 +44,14 @@ def _definitions(folder: Path) -> tuple[Definition, ...]:
     )
 
 
+# Parts of the names of config fields that only models of images have.
+IMAGE_WORDS = ("vision", "image", "vq_config")
+
+
 def definition_for(raw: Mapping[str, Any], source: str) -> Definition:
     """The definition that covers a config.json.
 
-    Raises CheckpointError when its architecture is unknown, or known only with other settings.
+    Raises CheckpointError when its architecture is unknown or multimodal, or known only with other settings.
     """
     architectures = raw.get("architectures") or []
     if not isinstance(architectures, list) or not architectures:
@@ -56,6 +60,12 @@ def definition_for(raw: Mapping[str, Any], source: str) -> Definition:
         )
     named = [d for d in definitions() if set(d.architectures) & set(map(str, architectures))]
     if not named:
+        images = [key for key in raw if any(word in key for word in IMAGE_WORDS)]
+        if images:
+            raise CheckpointError(
+                f"{source}: {', '.join(map(str, architectures))} is multimodal (its config has {images[0]}), and models here "
+                f"read text only; give a checkpoint of its language model alone"
+            )
         known = [name for d in definitions() for name in d.architectures]
         raise CheckpointError(
             f"{source}: the architecture {', '.join(map(str, architectures))} is unknown "

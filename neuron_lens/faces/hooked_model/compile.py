@@ -13,7 +13,7 @@ from neuron_lens.errors import RequestError
 from neuron_lens.faces.hooked_model.compile_attention import compiled_pattern
 from neuron_lens.faces.hooked_model.fields import Place
 from neuron_lens.faces.hooked_model.positions import ResolvedPositions, resolve_positions
-from neuron_lens.faces.hooked_model.requests import Batch, Intervention
+from neuron_lens.faces.hooked_model.requests import Batch, Intervention, requests_of
 
 if TYPE_CHECKING:
     from neuron_lens.transformer import Transformer
@@ -27,12 +27,10 @@ def compiled(requests: Iterable[Any], model: Transformer, batch: Batch) -> list[
     Raises RequestError for what is neither, and for what does not fit the model or the prompts.
     """
     declared: list[engine.Intervention] = []
-    for request in [requests] if isinstance(requests, Intervention | engine.Intervention) else requests:
+    for request in requests_of(requests):
         if isinstance(request, engine.Intervention):
             declared.append(request)
             continue
-        if not isinstance(request, Intervention):
-            raise RequestError(f"interventions are Intervention objects; got {request!r:.80}")
         _check_place(request, model)
         if request.place.field.kind == "pattern":
             declared += compiled_pattern(request, model, batch)

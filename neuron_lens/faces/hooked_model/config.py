@@ -10,6 +10,8 @@ from neuron_lens.interventions.places import Frozen
 
 __all__ = ["HookedModelConfig"]
 
+AUTOMATIC = ("auto", "balanced")
+
 
 class HookedModelConfig(Frozen):
     """Which model, where, and how prompts of unequal length are padded.
@@ -40,10 +42,22 @@ class HookedModelConfig(Frozen):
             raise ValueError("a torch dtype or its name")
         return given
 
+    @field_validator("device_map")
+    @classmethod
+    def _is_device(cls, given: str) -> str:
+        import torch
+
+        if given not in AUTOMATIC:
+            try:
+                torch.device(given)
+            except RuntimeError:
+                raise ValueError("'cpu', 'cuda', another torch device, 'auto' or 'balanced'") from None
+        return given
+
     def device(self) -> str:
         """The torch device that device_map means."""
         import torch
 
-        if self.device_map in ("auto", "balanced"):
+        if self.device_map in AUTOMATIC:
             return "cuda" if torch.cuda.is_available() else "cpu"
         return self.device_map

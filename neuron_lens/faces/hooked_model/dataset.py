@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from neuron_lens.errors import RequestError
+from neuron_lens.faces.hooked_model.arguments import known_arguments, refuse_unknown
 from neuron_lens.faces.hooked_model.cache import ActivationCache
 from neuron_lens.faces.hooked_model.extraction_config import ExtractionConfig
 from neuron_lens.faces.hooked_model.inputs import MODEL_INPUTS, MULTIMODAL
 from neuron_lens.faces.hooked_model.queries import query_rows
+from neuron_lens.faces.hooked_model.requests import requests_of
 from neuron_lens.faces.hooked_model.store import ActivationSaver
 from neuron_lens.faces.hooked_model.stored import CacheWriter, StoredCache, jsonable
 
 if TYPE_CHECKING:
     from neuron_lens.faces.hooked_model.model import HookedModel
 
-__all__ = ["BatchSaver", "extract", "split_batch"]
+__all__ = ["BatchSaver", "extract", "require_batches", "split_batch"]
 
 BatchSaver = Callable[[dict[str, Any]], Mapping[str, Any] | None]
 # Keys of a batch that say how it is to be run.
@@ -75,12 +77,25 @@ def extract(
     refused = [name for name in REFUSED if name in options]
     if refused:
         raise RequestError(f"{refused[0]} is set batch by batch; leave it out")
+    refuse_unknown("extract_cache", options, known_arguments(model.forward))
+    require_batches("dataloader", dataloader)
+    if batch_saver is not None and not callable(batch_saver):
+        raise RequestError(
+            f"batch_saver must be a function of a batch's own entries; got {batch_saver!r:.60}"
+        )
+    if aggregation is not None and not (
+        isinstance(aggregation, tuple) and len(aggregation) == 2 and callable(aggregation[1])
+    ):
+        raise RequestError(f"register_aggregation is a pair (prefix, function); got {aggregation!r:.60}")
+    if stream_to is not None and not isinstance(stream_to, str | os.PathLike | ActivationSaver):
+        raise RequestError(f"stream_to must be a new folder or an ActivationSaver; got {stream_to!r:.60}")
     config = ExtractionConfig() if extraction_config is None else extraction_config
+    options["interventions"] = requests_of(options.get("interventions"))  # read once for every batch
     metadata = {
         "model_name": model.config.model_name,
         "target_token_positions": jsonable(list(target_token_positions)),
         "extraction_config": jsonable(config),
-        "interventions": jsonable(list(options.get("interventions") or [])),
+        "interventions": jsonable(options["interventions"]),
         "pivot_positions": jsonable(options.get("pivot_positions", options.get("split_positions"))),
         **{
             name: jsonable(query_rows(options[name], name))
@@ -88,8 +103,6 @@ def extract(
             if options.get(name) is not None
         },
     }
-    if options.get("interventions") is not None:  # read once for every batch
-        options["interventions"] = list(options["interventions"])
     caches = _batches(model, dataloader, target_token_positions, config, batch_saver, options, progress)
     if stream_to is None:
         rules = None if aggregation is None else dict([aggregation])
@@ -109,6 +122,14 @@ def extract(
     return StoredCache(writer.folder)
 
 
+def require_batches(name: str, given: Any) -> None:
+    """Raises RequestError unless there is something to go through, batch by batch."""
+    if isinstance(given, str | Mapping) or not isinstance(given, Iterable):
+        raise RequestError(
+            f"{name} must give batches, one after another: a list or a DataLoader; got {given!r:.60}"
+        )
+
+
 def _batches(
     model: HookedModel,
     dataloader: Iterable[Any],
@@ -122,7 +143,7 @@ def _batches(
     total = len(dataloader) if isinstance(dataloader, Sized) else None
     for number, batch in enumerate(tqdm(dataloader, total=total, disable=not progress, unit="batch")):
         inputs, given, others = split_batch(batch)
-        keys = {*given, *others}
+        keys = set(batch) if isinstance(batch, Mapping) else set()
         if own is None:
             own = keys
         elif keys != own:

@@ -145,7 +145,10 @@ def gradient_targets(vocabulary_index: Any, rows: int, d_vocab: int) -> Tensor:
         raise RequestError(
             "keep_gradient differentiates a logit: give vocabulary_index, a token id or one for each row"
         )
-    targets = torch.as_tensor(vocabulary_index)
+    try:
+        targets = torch.as_tensor(vocabulary_index)
+    except (TypeError, ValueError, RuntimeError):
+        targets = torch.empty(0)
     if targets.is_floating_point() or targets.dtype == torch.bool or targets.numel() not in (1, rows):
         raise RequestError(
             f"vocabulary_index must be a token id or one for each of {rows} rows; got {vocabulary_index!r:.80}"

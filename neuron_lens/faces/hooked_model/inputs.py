@@ -21,9 +21,8 @@ MULTIMODAL = ("pixel_values", "image_sizes", "images", "pixel_attention_mask", "
 def as_tokens(inputs: Any, tokenizer: Any, side: Literal["left", "right"]) -> tuple[Tensor, Tensor | None]:
     """Tokens [batch, pos], and true where a column is padding (None where nothing is).
 
-    inputs: a text, a list of texts or of ids, a tensor [pos] or [batch, pos], or a mapping with `input_ids`
-        and, when rows are padded,
-    `attention_mask` (1 for real tokens).
+    inputs: a text, a list of texts or of ids, a tensor [pos] or [batch, pos], or a mapping with `input_ids` and, when rows are
+        padded, `attention_mask` (1 for real tokens).
 
     Raises RequestError for what is none of these, and for images.
     """
@@ -42,10 +41,9 @@ def as_tokens(inputs: Any, tokenizer: Any, side: Literal["left", "right"]) -> tu
             f"{', '.join(map(str, given)) or 'nothing'}"
         )
     tokens, mask = given["input_ids"], given.get("attention_mask")
-    if not isinstance(tokens, Tensor):
-        if mask is not None:
-            raise RequestError("with attention_mask, input_ids must be a tensor [batch, pos]")
+    if mask is None and not isinstance(tokens, Tensor):
         return padded(as_ids(tokens, tokenizer, None)[0], side)
+    tokens, mask = _tensor("input_ids", tokens), None if mask is None else _tensor("attention_mask", mask)
     tokens = tokens[None] if tokens.dim() == 1 else tokens
     if tokens.dim() != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool or not tokens.numel():
         raise RequestError(
@@ -60,6 +58,15 @@ def as_tokens(inputs: Any, tokenizer: Any, side: Literal["left", "right"]) -> tu
         )
     pad = mask == 0
     return tokens, pad if bool(pad.any()) else None
+
+
+def _tensor(name: str, given: Any) -> Tensor:
+    try:
+        return torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        raise RequestError(
+            f"{name} must be a tensor [batch, pos], or equally long lists; got {given!r:.80}"
+        ) from None
 
 
 def padded(rows: list[list[int]], side: Literal["left", "right"]) -> tuple[Tensor, Tensor | None]:

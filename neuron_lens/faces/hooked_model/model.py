@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from neuron_lens.errors import RequestError
+from neuron_lens.faces.hooked_model.arguments import known_arguments, refuse_unknown, several
 from neuron_lens.faces.hooked_model.cache import ActivationCache
 from neuron_lens.faces.hooked_model.config import HookedModelConfig
 from neuron_lens.faces.hooked_model.extraction_config import ExtractionConfig
 from neuron_lens.faces.hooked_model.forward import Forward, gradient_targets
 from neuron_lens.faces.hooked_model.inputs import as_tokens
 from neuron_lens.faces.hooked_model.not_offered import NotOffered
-from neuron_lens.faces.hooked_model.requests import Batch, Intervention
+from neuron_lens.faces.hooked_model.requests import Batch, requests_of
 from neuron_lens.faces.hooked_model.user_hooks import UserHook
 from neuron_lens.transformer import Transformer
 
@@ -89,6 +90,7 @@ class HookedModel(NotOffered):
         move_to_cpu: bool = False,
         vocabulary_index: Any = None,
         ragged: bool = False,
+        **unknown: Any,
     ) -> ActivationCache:
         """Run the model once and keep what was asked for.
 
@@ -111,8 +113,12 @@ class HookedModel(NotOffered):
             `token_dict` {group: absolute positions of each row}.
 
         Raises:
-            RequestError: before anything runs, for what does not exist in the model or selects nothing in some row.
+            RequestError: before anything runs, for what does not exist in the model or selects nothing in some row, and for
+                unknown arguments.
         """
+        refuse_unknown("forward", unknown, FORWARD_ARGUMENTS)
+        if external_cache is not None and not isinstance(external_cache, ActivationCache):
+            raise RequestError(f"external_cache must be an ActivationCache; got {external_cache!r:.60}")
         batch = self._batch(inputs, pivot_positions, split_positions)
         prepared = self._prepared(
             batch,
@@ -176,6 +182,7 @@ class HookedModel(NotOffered):
         interventions: Iterable[Any] | None = None,
         ablation_queries: Any = None,
         patching_queries: Any = None,
+        **unknown: Any,
     ) -> Any:
         """Continue prompts with interventions at work in every step; positions are those of the prompt.
 
@@ -192,10 +199,11 @@ class HookedModel(NotOffered):
         """
         from neuron_lens.faces.hooked_model.generation import generate
 
+        refuse_unknown("generate", unknown, known_arguments(HookedModel.generate))
         return generate(
             self,
             self._batch(inputs, pivot_positions, split_positions),
-            dict(generation_config or {}),
+            generation_config,
             target_token_positions,
             return_text,
             extraction_config,
@@ -239,12 +247,19 @@ class HookedModel(NotOffered):
         """Three passes, base, clean and patched, and how far the patch carries; see `patching.compute_patching`."""
         from neuron_lens.faces.hooked_model.patching import compute_patching
 
+        known = [*known_arguments(compute_patching), *FORWARD_ARGUMENTS]
+        refuse_unknown(
+            "compute_patching", options, [name for name in known if name not in ("model", "options")]
+        )
         return compute_patching(self, *args, **options)
 
     def sweep(self, inputs: Any, cells: Iterable[Any], metric: Any, **options: Any) -> SweepResult:
         """One metric of many requests, each alone, by the sweep engine; see `patching.sweep_requests`."""
         from neuron_lens.faces.hooked_model.patching import sweep_requests
+        from neuron_lens.interventions import sweep
 
+        known = [*known_arguments(sweep_requests), *known_arguments(sweep)]
+        refuse_unknown("sweep", options, [name for name in known if name not in ("model", "tokens", "pad")])
         return sweep_requests(self, inputs, cells, metric, **options)
 
     def register_forward_hook(self, component: str, function: Callable[..., Any]) -> UserHook:
@@ -255,7 +270,7 @@ class HookedModel(NotOffered):
 
     def set_hooks(self, hooks: Iterable[Mapping[str, Any]]) -> list[UserHook]:
         """Register several, each {"component": name, "intervention": function}; returns their handles."""
-        listed = list(hooks)
+        listed = several("hooks", hooks, "a list of {'component': name, 'intervention': function}")
         for hook in listed:
             if not isinstance(hook, Mapping) or set(hook) != {"component", "intervention"}:
                 raise RequestError(
@@ -269,13 +284,17 @@ class HookedModel(NotOffered):
 
     def remove_hooks(self, handles: Iterable[UserHook]) -> None:
         """Take registered hooks out. Raises RequestError for one that is gone already."""
-        for handle in list(handles):
+        listed = several("handles", handles, "a list of what set_hooks returned")
+        for handle in listed:
+            if not isinstance(handle, UserHook):
+                raise RequestError(
+                    f"a handle is what set_hooks or register_forward_hook returned; got {handle!r:.60}"
+                )
             handle.remove()
 
     def register_interventions(self, interventions: Iterable[Any]) -> None:
         """Interventions for every forward until `clean_interventions`; replaces those registered before."""
-        listed = [interventions] if isinstance(interventions, Intervention) else list(interventions)
-        self._interventions = listed
+        self._interventions = requests_of(interventions)
 
     def clean_interventions(self) -> None:
         """Forget registered interventions."""
@@ -283,7 +302,7 @@ class HookedModel(NotOffered):
 
     def get_module_from_string(self, component: str) -> nn.Module:
         """A part of the engine's model: `blocks.3.attn`, `blocks[3].mlp`. Raises RequestError when there is none."""
-        name = component.replace("[", ".").replace("]", "")
+        name = str(component).replace("[", ".").replace("]", "")
         try:
             return self.model.get_submodule(name)
         except AttributeError as error:
@@ -342,17 +361,18 @@ class HookedModel(NotOffered):
         interventions: Iterable[Any] | None,
         **options: Any,
     ) -> Forward:
-        given = [] if interventions is None else interventions
-        listed = [given] if isinstance(given, Intervention) else list(given)
         return Forward.prepared(
             self.model,
             batch,
             list(positions) if isinstance(positions, tuple) else positions,
             config,
-            interventions=[*self._interventions, *listed],
+            interventions=[*self._interventions, *requests_of(interventions)],
             user_hooks=self._user_hooks,
             **options,
         )
+
+
+FORWARD_ARGUMENTS = known_arguments(HookedModel.forward)
 
 
 def _loaded(config: HookedModelConfig) -> Transformer:

@@ -13,7 +13,7 @@ from neuron_lens.analysis.comparison import kl_by_row, pair_differences
 from neuron_lens.errors import RequestError
 from neuron_lens.faces.hooked_model.cache import ActivationCache
 from neuron_lens.faces.hooked_model.compile import compiled
-from neuron_lens.faces.hooked_model.dataset import BatchSaver, add_own, split_batch
+from neuron_lens.faces.hooked_model.dataset import BatchSaver, add_own, require_batches, split_batch
 from neuron_lens.faces.hooked_model.extraction_config import ExtractionConfig
 from neuron_lens.faces.hooked_model.fields import named_place
 from neuron_lens.faces.hooked_model.positions import hashable, resolve_positions
@@ -47,9 +47,8 @@ def compute_patching(
 ) -> ActivationCache:
     """Write activations of base prompts into target prompts, and measure how far the output goes over to base.
 
-    For each pair of batches: base is run and its activations kept; target is run clean; target is run with
-        base's activations at the
-    queried positions of all queried layers together.
+    For each pair of batches: base is run and its activations kept; target is run clean; target is run with base's activations
+    at the queried positions of all queried layers together.
 
     Args:
         target_token_positions: groups whose logits are compared.
@@ -84,6 +83,8 @@ def compute_patching(
         )
     if options.get("ragged"):
         raise RequestError("patching pairs positions of base and target: rows cannot be ragged")
+    for name, loader in (("base_dataloader", base_dataloader), ("target_dataloader", target_dataloader)):
+        require_batches(name, loader)
     caches = []
     batches = zip(_numbered(base_dataloader), _numbered(target_dataloader), strict=False)
     for number, (base, target) in enumerate(tqdm(batches, disable=not progress, unit="batch")):
@@ -96,7 +97,8 @@ def compute_patching(
             )
         pairs = None
         if return_logit_diff:
-            pairs = _pairs(number, base_dictonary_idxs or (), target_dictonary_idxs or ())
+            d_vocab = model.model.config.d_vocab
+            pairs = _pairs(number, base_dictonary_idxs or (), target_dictonary_idxs or (), d_vocab)
         one = _PatchedPair(model, list(target_token_positions), queries, base, target, options, number)
         caches.append(one.run(extraction_config or ExtractionConfig(), pairs, each, batch_saver))
     if not caches:
@@ -285,16 +287,20 @@ def _plain(group: Any) -> Any:
     return group.removeprefix("@") if isinstance(group, str) else group
 
 
-def _pairs(number: int, base: Sequence[Any], target: Sequence[Any]) -> tuple[Tensor, Tensor]:
+def _pairs(number: int, base: Sequence[Any], target: Sequence[Any], d_vocab: int) -> tuple[Tensor, Tensor]:
     """Token ids of one batch: base's and target's, as many of each."""
     if number >= min(len(base), len(target)):
         raise RequestError(
             f"batch {number}: base_dictonary_idxs and target_dictonary_idxs have no entry for it"
         )
-    ids = tuple(torch.as_tensor(entry) for entry in (base[number], target[number]))
-    if ids[0].shape != ids[1].shape or ids[0].dim() not in (1, 2) or any(i.is_floating_point() for i in ids):
+    try:
+        ids = torch.stack([torch.as_tensor(entry) for entry in (base[number], target[number])])
+    except (TypeError, ValueError, RuntimeError):
+        ids = torch.empty(0)
+    if ids.dim() not in (2, 3) or ids.is_floating_point() or not bool(((ids >= 0) & (ids < d_vocab)).all()):
         raise RequestError(
-            f"batch {number}: as many base ids as target ids are compared; got {base[number]!r}, {target[number]!r}"
+            f"batch {number}: base_dictonary_idxs and target_dictonary_idxs are as many token ids of each, below {d_vocab}; got "
+            f"{base[number]!r:.80} and {target[number]!r:.80}"
         )
     return ids[0], ids[1]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from neuron_lens.errors import RequestError, did_you_mean
 from neuron_lens.faces.hooked_model.cache import ActivationCache
+from neuron_lens.faces.hooked_model.fields import named_place
 from neuron_lens.faces.hooked_model.positions import hashable
 from neuron_lens.faces.hooked_model.requests import Intervention
 from neuron_lens.interventions import TokenText
@@ -113,7 +114,15 @@ def _ablations(number: int, row: dict[str, Any], model: Transformer) -> list[Int
     if "token_positions" in row:
         given = row["token_positions"]
         fields["token_positions"] = given if isinstance(given, list | tuple) else [given]
-    return [Intervention(activation=key, **fields) for key in _keys(where, row, model)]
+    return [_made(where, activation=key, **fields) for key in _keys(where, row, model)]
+
+
+def _made(where: str, **fields: Any) -> Intervention:
+    """An intervention. What is wrong with it is said of the query."""
+    try:
+        return Intervention(**fields)
+    except RequestError as error:
+        raise RequestError(f"{where}: {str(error).removeprefix('Intervention: ')}") from None
 
 
 def _keys(where: str, row: dict[str, Any], model: Transformer) -> list[str]:
@@ -130,10 +139,8 @@ def _keys(where: str, row: dict[str, Any], model: Transformer) -> list[str]:
             )
     if not holes:
         return [template]
-    config = model.config
-    count = config.n_kv_heads if template.startswith("kv_head") else config.n_heads
-    layers = indices_of(where, "layers", row["layers"], config.n_layers)
-    heads = indices_of(where, "heads", row["heads"], count) if holes == 2 else [None]
+    layers = indices_of(where, "layers", row["layers"], model.config.n_layers)
+    heads = indices_of(where, "heads", row["heads"], _heads_of(template, model)) if holes == 2 else [None]
     return [
         template.format(*([layer] if head is None else [layer, head])) for layer in layers for head in heads
     ]
@@ -175,9 +182,8 @@ def _older_ablations(number: int, row: dict[str, Any], model: Transformer) -> li
                 f"{where}: head-layer-couple is a list of (head, layer) pairs or ['all']; got {couples!r}"
             )
         head, layer = couple
-        made.append(
-            Intervention(activation=template.format(layer, head), type=kind, token_positions=positions)
-        )
+        key = template.format(layer, head)
+        made.append(_made(where, activation=key, type=kind, token_positions=positions))
     return made
 
 
@@ -195,11 +201,9 @@ def query_group(where: str, given: Any) -> Any:
 def patches(given: Any, model: Transformer, activations: ActivationCache | None = None) -> list[Intervention]:
     """The interventions of patching queries: positions written with what another run had there.
 
-    Columns: `patching_elem` or `pos_token_to_patch` ("@name", or token text); `layers_to_patch` or `layer` (an
-        int, a list, "all");
-    `activation_type`, a key with {} for the layer (`resid_in_{}`) and a second for the head;
-    `patching_activations`, a cache that was extracted at the same position; `base_activation_index`, one
-    example of it for all rows.
+    Columns: `patching_elem` or `pos_token_to_patch` ("@name", or token text); `layers_to_patch` or `layer` (an int, a list,
+    "all"); `activation_type`, a key with {} for the layer (`resid_in_{}`) and a second for the head; `patching_activations`, a
+    cache that was extracted at the same position; `base_activation_index`, one example of it for all rows.
 
     Args:
         activations: used where a query has no cache of its own.
@@ -222,7 +226,7 @@ def patches(given: Any, model: Transformer, activations: ActivationCache | None 
         group = query_group(where, query["patching_elem"])
         for key in _patch_keys(where, query, model):
             values = _values_at(where, cache, key, group, query.get("base_activation_index"))
-            made.append(Intervention(activation=key, token_positions=[group], patching_values=values))
+            made.append(_made(where, activation=key, token_positions=[group], patching_values=values))
     return made
 
 
@@ -233,10 +237,23 @@ def _patch_keys(where: str, query: dict[str, Any], model: Transformer) -> list[s
         raise RequestError(
             f"{where}: activation_type must be a key with {{}} for the layer, such as 'resid_in_{{}}'; got {template!r}"
         )
+    try:
+        field = named_place(template.replace("{}", "0")).field
+    except RequestError as error:
+        raise RequestError(f"{where}: {error}") from None
+    if field.kind in ("pattern", "projected"):
+        raise RequestError(
+            f"{where}: {template} is not patched position by position; pass interventions=[Intervention(activation=…, "
+            f"patching_values=…)], at the head's own vector or with type 'grid' at its pattern"
+        )
     layers = indices_of(where, "layers_to_patch", query["layers_to_patch"], model.config.n_layers)
     if holes == 1:
         return [template.format(layer) for layer in layers]
-    return [template.format(layer, head) for layer in layers for head in range(model.config.n_heads)]
+    return [template.format(layer, head) for layer in layers for head in range(_heads_of(template, model))]
+
+
+def _heads_of(template: str, model: Transformer) -> int:
+    return model.config.n_kv_heads if template.startswith("kv_head") else model.config.n_heads
 
 
 def _values_at(where: str, cache: ActivationCache, key: str, group: Any, example: Any) -> Tensor:
@@ -257,11 +274,8 @@ def _values_at(where: str, cache: ActivationCache, key: str, group: Any, example
     values: Tensor = cache[key][:, index[known]]
     if example is None:
         return values
-    if not 0 <= example < values.shape[0]:
-        raise RequestError(
-            f"{where}: base_activation_index {example} is not among the {values.shape[0]} examples"
-        )
-    return values[int(example) : int(example) + 1]
+    (chosen,) = indices_of(where, "base_activation_index", example, values.shape[0])[:1]
+    return values[chosen : chosen + 1]
 
 
 def _check_columns(where: str, row: Mapping[str, Any], known: Iterable[str], needed: Iterable[str]) -> None:

@@ -8,12 +8,14 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from neuron_lens import interventions as engine
 from neuron_lens.errors import RequestError
+from neuron_lens.faces.hooked_model.arguments import several
 from neuron_lens.faces.hooked_model.cache import ActivationCache
 from neuron_lens.faces.hooked_model.fields import Place, named_place
 from neuron_lens.interventions.places import Frozen
 
-__all__ = ["Batch", "Intervention", "Operation"]
+__all__ = ["Batch", "Intervention", "Operation", "requests_of"]
 
 Operation = Literal["auto", "zero", "scale", "set", "add", "mean", "resample"]
 ATTENTION_TYPES = (
@@ -173,3 +175,18 @@ class Intervention(Frozen):
         if self.source is not None:
             return "mean"
         return "scale" if self.multiplication_value != 0 else "zero"
+
+
+def requests_of(given: Any) -> list[Any]:
+    """Interventions as a list, ours and declared ones of `neuron_lens.interventions`; none for None.
+
+    Raises RequestError for anything else.
+    """
+    if given is None:
+        return []
+    single = isinstance(given, Intervention | engine.Intervention)
+    listed = [given] if single else several("interventions", given, "a list of Intervention objects")
+    for request in listed:
+        if not isinstance(request, Intervention | engine.Intervention):
+            raise RequestError(f"interventions are Intervention objects; got {request!r:.80}")
+    return listed

@@ -208,7 +208,14 @@ class QueryResult(Sequence[StoredCache]):
         return [run.folder for run in self._runs]
 
     def load(self, which: int | str = -1) -> tuple[ActivationCache, dict[str, Any]]:
-        """One run's cache and metadata: by index (-1 is the newest), or by the name of its folder."""
+        """One run's cache and metadata: by index (-1 is the newest), or by the name of its folder.
+
+        Raises RequestError when the query found no such run.
+        """
+        if not self._runs:
+            raise RequestError(
+                "the query found no run: there is nothing to load; ask for less, or look at query()"
+            )
         if isinstance(which, int):
             run = self[which]
         else:

@@ -300,15 +300,16 @@ def test_forwards_that_make_no_sense_are_refused(options: dict[str, Any], messag
         face().forward(inputs("left"), **options)
 
 
-def test_unknown_arguments_and_fields_are_refused() -> None:
-    with pytest.raises(TypeError, match="extract_resid_out"):
-        face().forward(inputs("one"), extract_resid_out=True)  # type: ignore[call-arg]
-    with pytest.raises(RequestError, match="did you mean 'extract_resid_out'"):
-        ExtractionConfig(extract_residout=True)
+def test_configurations_that_contradict_themselves_are_refused_and_older_names_taken() -> None:
     with pytest.raises(RequestError, match="attn_pattern_row_positions"):
         ExtractionConfig(extract_attn_pattern=True, attn_pattern_avg="mean")
-    with pytest.raises(RequestError, match="multimodal"):
-        face().forward({"input_ids": torch.ones(1, 2).long(), "pixel_values": torch.ones(1)})
+    with pytest.raises(RequestError, match="baseline_ratio"):
+        ExtractionConfig(
+            extract_attn_pattern=True,
+            attn_pattern_avg="baseline_ratio",
+            attn_pattern_row_positions=["last"],
+            keep_gradient=True,
+        )
     older = ExtractionConfig(extract_avg_attn_pattern=True)
     assert older.extract_attn_pattern and older.avg_over_example
 
