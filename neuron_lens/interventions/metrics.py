@@ -157,11 +157,12 @@ class LogitDifference(_AtPosition):
         return LogitDifference(correct, wrong, self.position, name=self.name)
 
     def _value(self, logits: Tensor) -> Tensor:
-        return _picked(logits, self.correct, self.name) - _picked(logits, self.wrong, self.name)
+        correct, wrong = (_picked(logits, tokens, self.name) for tokens in (self.correct, self.wrong))
+        return correct.mean(-1) - wrong.mean(-1)
 
 
 class TokenLogit(_AtPosition):
-    """Logit of a token. token: one id for all rows, or [batch]."""
+    """Logit of a token. token: one id for all rows, [batch], or [batch, several], whose mean is taken."""
 
     def __init__(self, token: int | Tensor, position: int | Tensor = -1, *, name: str = "logit") -> None:
         super().__init__(position, name)
@@ -175,7 +176,7 @@ class TokenLogit(_AtPosition):
         return TokenLogit(torch.searchsorted(vocab, self.token), self.position, name=self.name)
 
     def _value(self, logits: Tensor) -> Tensor:
-        return _picked(logits, self.token, self.name)
+        return _picked(logits, self.token, self.name).mean(-1)
 
 
 class _AgainstAll(TokenLogit):
@@ -187,7 +188,8 @@ class _AgainstAll(TokenLogit):
 
 
 class TokenProbability(_AgainstAll):
-    """Probability of a token, or its natural logarithm with `log=True`."""
+    """Probability of a token (of several, [batch, several]: that it is one of them), or its natural logarithm with
+    `log=True`."""
 
     def __init__(
         self,
@@ -201,18 +203,20 @@ class TokenProbability(_AgainstAll):
         self.log = log
 
     def _value(self, logits: Tensor) -> Tensor:
-        logs = _picked(logits.float().log_softmax(-1), self.token, self.name)
+        logs = _picked(logits.float().log_softmax(-1), self.token, self.name).logsumexp(-1)
         return logs if self.log else logs.exp()
 
 
 class TokenRank(_AgainstAll):
-    """Rank of a token among all: 0 when it is the most probable. Tokens with an equal logit do not count."""
+    """Rank of a token among all: 0 when it is the most probable; of several, [batch, several], the best one's. Tokens
+    with an equal logit do not count. Has no gradient."""
 
     def __init__(self, token: int | Tensor, position: int | Tensor = -1, *, name: str = "rank") -> None:
         super().__init__(token, position, name=name)
 
     def _value(self, logits: Tensor) -> Tensor:
-        return (logits > _picked(logits, self.token, self.name)[:, None]).sum(-1).float()
+        best = _picked(logits, self.token, self.name).amax(-1, keepdim=True)
+        return (logits > best).sum(-1).float()
 
 
 class CrossEntropy(Metric):
@@ -224,14 +228,14 @@ class CrossEntropy(Metric):
         if tokens.shape[1] < 2:
             raise RequestError("the loss of a prompt needs at least two tokens")
         real = torch.ones_like(tokens, dtype=torch.bool) if pad is None else ~pad
-        counted = (real[:, 1:] & real[:, :-1]).float()
-        if bool((counted.sum(-1) == 0).any()):
+        counted = real[:, 1:] & real[:, :-1]
+        if bool((~counted).all(-1).any()):
             raise RequestError("a row has fewer than two real tokens: it has no loss")
         columns = torch.arange(tokens.shape[1] - 1, device=tokens.device).expand(tokens.shape[0], -1)
 
         def loss(logits: Tensor) -> Tensor:
             logs = logits.float().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
-            return -(logs * counted).sum(-1) / counted.sum(-1)
+            return -torch.where(counted, logs, 0.0).sum(-1) / counted.sum(-1)
 
         return BoundMetric(self.name, columns, loss)
 
@@ -254,16 +258,16 @@ class KLDivergence(Metric):
             )
         if self.position is None:
             columns = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
-            counted = torch.ones_like(tokens, dtype=torch.float32) if pad is None else (~pad).float()
+            counted = torch.ones_like(tokens, dtype=torch.bool) if pad is None else ~pad
         else:
             columns = columns_of(self.position, tokens, pad)[:, None]
-            counted = torch.ones(columns.shape, device=tokens.device)
+            counted = torch.ones_like(columns, dtype=torch.bool)
         gathered = self.reference.gather(1, columns[:, :, None].expand(-1, -1, self.reference.shape[-1]))
         reference = gathered.float().log_softmax(-1)
 
         def divergence(logits: Tensor) -> Tensor:
             kl = (reference.exp() * (reference - logits.float().log_softmax(-1))).sum(-1)
-            return (kl * counted).sum(-1) / counted.sum(-1)
+            return torch.where(counted, kl, 0.0).sum(-1) / counted.sum(-1)
 
         return BoundMetric(self.name, columns, divergence)
 
@@ -286,8 +290,8 @@ def columns_of(position: int | Tensor, tokens: Tensor, pad: Tensor | None) -> Te
 
 
 def _picked(values: Tensor, tokens: Tensor, name: str) -> Tensor:
-    """values [batch, d_vocab] at each row's tokens, averaged where there are several. [batch]"""
-    rows = values.shape[0]
+    """values [batch, d_vocab] at each row's tokens. [batch, several]"""
+    rows, vocabulary = values.shape
     chosen = tokens.to(values.device)
     if chosen.dim() == 0:
         chosen = chosen.expand(rows)
@@ -295,7 +299,11 @@ def _picked(values: Tensor, tokens: Tensor, name: str) -> Tensor:
         raise RequestError(
             f"metric {name!r}: tokens for {chosen.shape[0]} rows were given, but there are {rows}"
         )
-    return values.gather(1, chosen.reshape(rows, -1)).mean(-1)
+    chosen = chosen.reshape(rows, -1)
+    if int(chosen.min()) < 0 or int(chosen.max()) >= vocabulary:
+        wrong = int(chosen.min()) if int(chosen.min()) < 0 else int(chosen.max())
+        raise RequestError(f"metric {name!r}: token id {wrong} is outside the vocabulary of {vocabulary}")
+    return values.gather(1, chosen)
 
 
 AnyMetric = Metric | Callable[..., Any]
