@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,12 @@ class TextWindows:
         """Where a window has a token, `[window, length]` (the last window of a document can be short)."""
         ids = self.columns["token"]
         return np.asarray(ids[:, self.context : self.context + self.length] != ABSENT)
+
+    def select(self, rows: NDArray[np.integer[Any]]) -> TextWindows:
+        """Some of the windows, as windows of their own."""
+        own = {name: getattr(self, name)[rows] for name in _PLACES}
+        columns = {name: column[rows] for name, column in self.columns.items()}
+        return replace(self, **own, columns=columns)
 
     def rows_of(self, document: Sequence[int] | IntArray, start: Sequence[int] | IntArray) -> IntArray:
         """The row of each window, by its identity. Raises RequestError for one that is not here."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
@@ -15,15 +17,60 @@ from neuron_lens.explain.unit import ExplainedUnit, UnitWindows, explain_windows
 
 if TYPE_CHECKING:
     from neuron_lens.harvest.ablation import AblatedTokens
-    from neuron_lens.harvest.shard import LayerHarvest
+    from neuron_lens.harvest.shard import LayerHarvest, UnitActivations
     from neuron_lens.harvest.sources import UnitSource
+    from neuron_lens.windows import TextWindows
 
 __all__ = ["SourceWork"]
 
+GROUP_UNITS = 32  # units whose windows and features are in memory together
 _LISTED = 10  # promoted and suppressed tokens
 _ABLATED_WINDOWS = (4, 2)  # test windows the unit is ablated on: from the top, at random
 
 Tokens = tuple[TokenValue, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Some neighbouring units with the windows they were seen on, and the features of those.
+
+    A wide layer's windows are too many to hold the features of all at once: every unit has a list of its own.
+    """
+
+    windows: TextWindows
+    units: dict[int, UnitActivations]  # their rows count in these windows
+
+    @classmethod
+    def of(cls, harvest: LayerHarvest, indices: Sequence[int]) -> _Group:
+        """The units with these indices."""
+        units = {index: harvest.unit(index) for index in indices}
+        rows = np.unique(
+            np.concatenate(
+                [
+                    np.concatenate([kept.random_rows, kept.top_rows, kept.fired_rows])
+                    for kept in units.values()
+                ]
+            )
+        )
+
+        def placed(own: NDArray[np.int32]) -> NDArray[np.int32]:
+            return np.searchsorted(rows, own).astype(np.int32)
+
+        moved = {
+            index: replace(
+                kept,
+                random_rows=placed(kept.random_rows),
+                top_rows=placed(kept.top_rows),
+                fired_rows=placed(kept.fired_rows),
+            )
+            for index, kept in units.items()
+        }
+        return cls(harvest.windows.select(rows), moved)
+
+    @cached_property
+    def features(self) -> FeatureSet:
+        """The features of these windows."""
+        return FeatureSet(self.windows)
 
 
 class SourceWork:
@@ -33,11 +80,7 @@ class SourceWork:
         self.source, self.harvest = source, harvest
         # A unit and its control are each other's partners: both are asked for twice, close together.
         self.explained = lru_cache(maxsize=4)(self._explain)
-
-    @cached_property
-    def features(self) -> FeatureSet:
-        """The features of the kept windows, shared by all units."""
-        return FeatureSet(self.harvest.windows)
+        self._group = lru_cache(maxsize=2)(self._make_group)
 
     @cached_property
     def _logits(self) -> NDArray[np.float32] | None:
@@ -50,8 +93,18 @@ class SourceWork:
         return np.asarray(logits_written(self.source.model, written).cpu().numpy())
 
     def _explain(self, index: int) -> ExplainedUnit:
-        held = UnitWindows.of(self.harvest.windows, self.harvest.unit(index), self.harvest.facts["n_tokens"])
-        return explain_windows(self.source.unit(index), held, self.features, self._logits_of(index))
+        group = self._group(self._number_of(index))
+        held = UnitWindows.of(group.windows, group.units[index], self.harvest.facts["n_tokens"])
+        return explain_windows(self.source.unit(index), held, group.features, self._logits_of(index))
+
+    def _number_of(self, index: int) -> int:
+        """The group of a unit. A unit left over alone goes with the group before it: its control is there."""
+        n_units = len(self.source.indices)
+        return min(self.source.column(index) // GROUP_UNITS, max((n_units - 2) // GROUP_UNITS, 0))
+
+    def _make_group(self, number: int) -> _Group:
+        indices = [index for index in self.source.indices if self._number_of(index) == number]
+        return _Group.of(self.harvest, indices)
 
     def _logits_of(self, index: int) -> NDArray[np.float32] | None:
         return None if self._logits is None else self._logits[self.source.column(index)]
@@ -60,8 +113,9 @@ class SourceWork:
         """The unit whose explanation is the control: a neighbour, so that pairs serve each other, and one that
         fires at all."""
         alive = set(self.harvest.indices[self.harvest.maxima > 0].tolist())
-        others = sorted(set(self.harvest.indices.tolist()) - {index}, key=lambda one: (abs(one - index), one))
-        if index ^ 1 in alive:
+        group = self._group(self._number_of(index)).units
+        others = sorted(set(group) - {index}, key=lambda one: (abs(one - index), one))
+        if index ^ 1 in alive and index ^ 1 in group:
             return index ^ 1
         return next((one for one in others if one in alive), others[0] if others else index)
 
@@ -97,7 +151,7 @@ class SourceWork:
         silent = ~fires & test.mask[chosen]
         rows = [int(row) for row in test.rows[chosen]]
         firing, quiet = ablate_where(
-            self.source, explained.unit.index, value, self.harvest.windows, rows, [fires, silent]
+            self.source, explained.unit.index, value, explained.held.windows, rows, [fires, silent]
         )
         return CausalEffect(
             replaced_by=by,
