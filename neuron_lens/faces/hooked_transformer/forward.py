@@ -18,7 +18,11 @@ from neuron_lens.faces.hooked_transformer.weight_properties import WeightPropert
 from neuron_lens.hooks import TransformerHooks
 from neuron_lens.transformer import KVCache
 
-__all__ = ["ForwardPass", "Output"]
+__all__ = ["ForwardPass", "Loss", "LossPerToken", "Output", "SingleLoss"]
+
+SingleLoss = Tensor  # one number
+LossPerToken = Tensor  # [batch, pos - 1]
+Loss = SingleLoss | LossPerToken
 
 _RETURN_TYPES = ("logits", "loss", "both", None)
 
@@ -157,7 +161,7 @@ class ForwardPass(WeightProperties):
         elif isinstance(input, str) or (
             isinstance(input, Sequence) and all(isinstance(t, str) for t in input)
         ):
-            ids, pad = self._padded(input, prepend_bos, padding_side, truncate=False)
+            ids, pad = self._padded(input, prepend_bos, padding_side, truncate=None)
             ids = ids.to(self.device)
             pad = None if pad is None else pad.to(self.device)
         else:

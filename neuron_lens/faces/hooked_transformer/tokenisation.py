@@ -76,7 +76,11 @@ class Tokenisation(EngineModule):
         return tokenizer.encode(text, bos=bos, allowed_special=True)
 
     def _padded(
-        self, text: str | Sequence[str], prepend_bos: bool | None, padding_side: PaddingSide, truncate: bool
+        self,
+        text: str | Sequence[str],
+        prepend_bos: bool | None,
+        padding_side: PaddingSide,
+        truncate: bool | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Ids [batch, pos], and where they are padding (None when nowhere)."""
         texts = [text] if isinstance(text, str) else list(text)
@@ -88,8 +92,8 @@ class Tokenisation(EngineModule):
             raise RequestError(
                 "a text has no tokens: give text, or prepend a BOS token with prepend_bos=True"
             )
-        if longest > self.cfg.n_ctx:
-            if not truncate:
+        if longest > self.cfg.n_ctx and truncate is not False:
+            if truncate is None:
                 raise RequestError(
                     f"the text has {longest} tokens, the model a context of {self.cfg.n_ctx}: shorten it, or pass truncate=True"
                 )
@@ -111,12 +115,12 @@ class Tokenisation(EngineModule):
         prepend_bos: bool | None = None,
         padding_side: PaddingSide = None,
         move_to_device: bool = True,
-        truncate: bool = False,
+        truncate: bool | None = None,
     ) -> Tensor:
         """Ids of a text or of several, padded to one length. [batch, pos]
 
         prepend_bos: None follows `cfg.default_prepend_bos`. A text that begins with the BOS token gets no second one.
-        truncate: cut what exceeds the context instead of raising RequestError.
+        truncate: what exceeds the context is cut (True), kept (False: ids for other uses), or a RequestError (None).
         """
         ids, _ = self._padded(input, prepend_bos, padding_side, truncate)
         return ids.to(self.device) if move_to_device else ids
@@ -208,7 +212,7 @@ class Tokenisation(EngineModule):
         """Where given ids are padding: runs of the pad token at either end of a row. None when nowhere.
 
         Where the pad token is also BOS or EOS, a row may really start or end with it: of a run at the start the
-        last one is taken for BOS, and a row on its own has no padding at its end.
+        last one is taken for BOS, and what all rows have is no padding, which leaves the longest row as it is.
         """
         pad_id = self._pad_id()
         known = self._tokenizer
@@ -222,10 +226,7 @@ class Tokenisation(EngineModule):
         if pad_id in (known.bos_id, known.eos_id):
             if known.bos_id == pad_id:
                 left = torch.cat((left[:, 1:], torch.zeros_like(left[:, :1])), -1) & left
-            elif tokens.shape[0] == 1:
-                left = torch.zeros_like(left)
-            if tokens.shape[0] == 1:
-                right = torch.zeros_like(right)
+            left, right = left & ~left.all(0), right & ~right.all(0)
         # a row padded on both sides is not made by padding: take the side chosen by the model
         both = left.any(-1) & right.any(-1)
         dropped, kept = (right, left) if self.padding_side == "left" else (left, right)

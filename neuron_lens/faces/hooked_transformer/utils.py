@@ -7,16 +7,26 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from neuron_lens.analysis.composition import pairwise_composition as composition_scores
 from neuron_lens.cache import Slice, SliceInput
 from neuron_lens.errors import RequestError
+from neuron_lens.faces.hooked_transformer import (
+    activation_functions,
+    estimates,
+    init_functions,
+    small_helpers,
+    text_data,
+)
 from neuron_lens.faces.hooked_transformer.act_name import get_act_name
+from neuron_lens.faces.hooked_transformer.activation_functions import *  # noqa: F403
+from neuron_lens.faces.hooked_transformer.estimates import *  # noqa: F403
+from neuron_lens.faces.hooked_transformer.init_functions import *  # noqa: F403
 from neuron_lens.faces.hooked_transformer.losses import lm_accuracy, lm_cross_entropy_loss
 from neuron_lens.faces.hooked_transformer.model import HookedTransformer
-from neuron_lens.transformer.functional import softcap
+from neuron_lens.faces.hooked_transformer.small_helpers import *  # noqa: F403
+from neuron_lens.faces.hooked_transformer.text_data import *  # noqa: F403
 from neuron_lens.transformer.token_choice import TokenChoice, draw, keep_top_k, keep_top_p, penalise_frequency
 
 __all__ = [
@@ -24,15 +34,12 @@ __all__ = [
     "Slice",
     "SliceInput",
     "TokenChoice",
-    "apply_softcap",
+    "check_structure",
     "composition_scores",
-    "gelu_fast",
-    "gelu_new",
     "get_act_name",
     "get_attention_mask",
     "get_corner",
     "get_cumsum_along_dim",
-    "get_device",
     "get_offset_position_ids",
     "is_lower_triangular",
     "is_square",
@@ -41,12 +48,12 @@ __all__ = [
     "remove_batch_dim",
     "repeat_along_head_dimension",
     "sample_logits",
-    "solu",
     "test_prompt",
     "to_numpy",
-    "tokenize_and_concatenate",
     "transpose",
 ]
+for _part in (activation_functions, estimates, init_functions, small_helpers, text_data):
+    __all__ += _part.__all__
 
 
 def to_numpy(tensor: Any) -> Any:
@@ -89,29 +96,18 @@ def repeat_along_head_dimension(tensor: Tensor, n_heads: int, clone_tensor: bool
     return repeated.clone() if clone_tensor else repeated
 
 
-def gelu_new(x: Tensor) -> Tensor:
-    """GELU by its tanh approximation, as GPT-2 has it."""
-    return F.gelu(x, approximate="tanh")
-
-
-def gelu_fast(x: Tensor) -> Tensor:
-    """GELU by its tanh approximation."""
-    return F.gelu(x, approximate="tanh")
-
-
-def solu(x: Tensor) -> Tensor:
-    """x · softmax(x) (Elhage et al. 2022, "Softmax Linear Units")."""
-    return x * x.softmax(-1)
-
-
-def apply_softcap(logits: Tensor, softcap_value: float) -> Tensor:
-    """cap · tanh(logits / cap); the logits themselves when the cap is not positive."""
-    return softcap(logits, softcap_value if softcap_value > 0 else None)
-
-
-def get_device() -> torch.device:
-    """A CUDA device if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def check_structure(t1: Tensor, t2: Tensor) -> None:
+    """Raise RequestError unless neighbouring entries of two matrices compare alike, along rows and along columns."""
+    if t1.dim() != 2 or t1.shape != t2.shape:
+        raise RequestError(f"expected two matrices of one shape; got {list(t1.shape)} and {list(t2.shape)}")
+    for axis, name in ((0, "rows"), (1, "columns")):
+        unlike = (
+            (t1.diff(dim=axis).le(0) != t2.diff(dim=axis).le(0)).any(1 - axis).nonzero().flatten().tolist()
+        )
+        if unlike:
+            raise RequestError(
+                f"the matrices are ordered differently between {name} {unlike[0]} and {unlike[0] + 1}"
+            )
 
 
 def get_cumsum_along_dim(tensor: Tensor, dim: int, reverse: bool = False) -> Tensor:
@@ -125,8 +121,12 @@ def get_offset_position_ids(past_kv_pos_offset: int, attention_mask: Tensor) -> 
     return positions.masked_fill(attention_mask == 0, 0)[:, past_kv_pos_offset:]
 
 
-def get_attention_mask(model: HookedTransformer, tokens: Tensor) -> Tensor:
-    """1 where the model takes ids for tokens, 0 where for padding, [batch, pos]"""
+def get_attention_mask(model: HookedTransformer, tokens: Tensor, prepend_bos: bool | None = None) -> Tensor:
+    """1 where the model takes ids for tokens, 0 where for padding, [batch, pos]. prepend_bos: accepted; the ids tell."""
+    if not isinstance(model, HookedTransformer):
+        raise RequestError(
+            f"get_attention_mask takes the model, whose rules say what is padding; got {type(model).__name__}"
+        )
     pad = model._padding_of(tokens)
     return torch.ones_like(tokens) if pad is None else (~pad).long()
 
@@ -218,29 +218,3 @@ def test_prompt(
 
 # pytest takes functions of this name for tests
 test_prompt.__test__ = False  # type: ignore[attr-defined]
-
-
-def tokenize_and_concatenate(
-    texts: Any,
-    model: HookedTransformer,
-    max_length: int = 1024,
-    column_name: str = "text",
-    add_bos_token: bool = True,
-) -> Tensor:
-    """Texts joined by the end-of-text token and cut into rows of `max_length` ids. [row, max_length]
-
-    texts: texts, or rows with a text under `column_name`.
-    """
-    tokenizer = model._need_tokenizer()
-    ids: list[int] = []
-    for text in texts:
-        text = text if isinstance(text, str) else text[column_name]
-        ids += model._encode(text, prepend_bos=False) + (
-            [tokenizer.eos_id] if tokenizer.eos_id is not None else []
-        )
-    bos = [tokenizer.bos_id] if add_bos_token and tokenizer.bos_id is not None else []
-    width = max_length - len(bos)
-    rows = [bos + ids[start : start + width] for start in range(0, len(ids) - width + 1, width)]
-    if not rows:
-        raise RequestError(f"the texts have {len(ids)} tokens together, too few for one row of {max_length}")
-    return torch.tensor(rows)

@@ -27,9 +27,13 @@ class View(nn.Module):
     """A module with hook points and views of the engine's weights, and no weights of its own."""
 
     def __init__(
-        self, engine: Transformer, path: str, points: Mapping[str, PointPlace] | None = None
+        self, engine: Transformer, path: str = "", points: Mapping[str, PointPlace] | None = None
     ) -> None:
         super().__init__()
+        if not isinstance(engine, Transformer):
+            raise RequestError(
+                f"{type(self).__name__} is made by the model: HookedTransformer(cfg).blocks[0] has an attention, an MLP and norms"
+            )
         # in a tuple, so that torch does not count the engine's parameters twice
         self._held = (engine,)
         self._path = path
@@ -316,7 +320,7 @@ class MLP(View):
 class TransformerBlock(View):
     """One block: `attn`, `mlp`, `ln1`, `ln2` and, where the model has them, `ln1_post`, `ln2_post`."""
 
-    def __init__(self, engine: Transformer, layer: int, places: Iterable[PointPlace]) -> None:
+    def __init__(self, engine: Transformer, layer: int = 0, places: Iterable[PointPlace] = ()) -> None:
         below: dict[str, dict[str, PointPlace]] = {}
         for place in places:
             owner, _, point = place.name.rpartition(".")

@@ -16,7 +16,6 @@ from neuron_lens.errors import RequestError
 from neuron_lens.faces.hooked_transformer import HookedTransformer, HookPoint
 from neuron_lens.transformer import Transformer
 
-
 WITH_MLP = [name for name, changes in FAMILIES.items() if changes.get("mlp") != "none"]
 
 
