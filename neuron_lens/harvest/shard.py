@@ -80,8 +80,8 @@ class LayerHarvest:
     manifest: dict[str, Any]
 
     @classmethod
-    def open(cls, folder: Path, key: dict[str, Any]) -> LayerHarvest | None:
-        """The harvest in `folder`, or None when there is none, or one of something else."""
+    def open(cls, folder: Path, key: dict[str, Any] | None = None) -> LayerHarvest | None:
+        """The harvest in `folder`, or None when there is none, or one of something else (no key: of anything)."""
         try:
             manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
@@ -90,7 +90,9 @@ class LayerHarvest:
             raise RequestError(
                 f"{folder}/manifest.json cannot be read ({error}); delete {folder} and run again"
             ) from None
-        return cls(folder, manifest) if manifest.get("key") == key else None
+        if manifest.get("format_version") != FORMAT_VERSION:
+            return None
+        return cls(folder, manifest) if key is None or manifest.get("key") == key else None
 
     @classmethod
     def write(
