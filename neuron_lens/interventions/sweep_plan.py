@@ -84,6 +84,13 @@ class Job:
         return {part.path for part in self.parts} | {site.path for site in hooked}
 
     @property
+    def opened(self) -> frozenset[str]:
+        """The wide tensors that only a hooked site makes: "pattern", "result", "head_inputs"."""
+        wide = {"pattern": PATTERNS, "result": {"attn.result"}, "head_inputs": HEAD_INPUTS}
+        paths = self.paths | (PATTERNS if self.hooks is not None else set())
+        return frozenset(name for name, sites in wide.items() if not paths.isdisjoint(sites))
+
+    @property
     def splits_heads(self) -> bool:
         """Whether it makes blocks give every head an input of its own: such cells share no pass with others."""
         return not self.paths.isdisjoint(HEAD_INPUTS)
@@ -93,12 +100,12 @@ class Job:
 class Group:
     """Jobs that share a pass over the columns from `first` on, in order of their first layer.
 
-    explicit: some job needs the attention pattern itself. splits_heads: as in `Job`, the same for all.
+    opened: as in `Job`, of any of them. splits_heads: as in `Job`, the same for all.
     """
 
     first: int
     splits_heads: bool
-    explicit: bool = False
+    opened: frozenset[str] = frozenset()
     jobs: list[Job] = field(default_factory=list)
 
 
@@ -283,8 +290,13 @@ def place_free(intervention: Intervention) -> list[Any]:
 PLACE_FIELDS = frozenset(["layers", "positions", "heads", "keys", "units", "rows", "steps"])
 
 
-def row_bytes(config: TransformerConfig, columns: int, keys: int, element: int, *, explicit: bool) -> int:
-    """Memory one row of a pass takes at its peak, in bytes: activations of one block, its keys and values, the stream."""
+def row_bytes(
+    config: TransformerConfig, columns: int, keys: int, element: int, opened: frozenset[str]
+) -> int:
+    """Memory one row of a pass takes at its peak, in bytes: activations of one block, its keys and values, the stream.
+
+    opened: as in `Job`: those tensors, and the copies an edit of them makes.
+    """
     heads = config.n_heads * config.d_head
     width = (
         10 * config.d_model
@@ -292,6 +304,9 @@ def row_bytes(config: TransformerConfig, columns: int, keys: int, element: int, 
         + (4 if config.mlp == "gated" else 3) * max(config.d_mlp, config.d_model)
     )
     per_row = columns * width + 4 * keys * config.n_kv_heads * config.d_head
-    if explicit:
+    if "pattern" in opened or config.attention_softcap is not None or config.attention_sinks:
         per_row += 6 * columns * keys * config.n_heads
+    per_head_stream = columns * config.n_heads * config.d_model
+    per_row += (5 if "result" in opened else 0) * per_head_stream
+    per_row += (8 if "head_inputs" in opened else 0) * per_head_stream
     return per_row * element

@@ -15,7 +15,6 @@ from neuron_lens.interventions.metrics import BoundMetric
 from neuron_lens.interventions.sweep_clean import CleanRun, SharedPrompts
 from neuron_lens.interventions.sweep_plan import (
     AFTER_MIXING,
-    PATTERNS,
     Group,
     Job,
     Part,
@@ -86,7 +85,7 @@ class SweepRunner:
                 group = Group(job.first, job.splits_heads)
             group.jobs.append(job)
             group.first = min(group.first, job.first)
-            group.explicit |= self._explicit(job)
+            group.opened |= job.opened
         if group is not None:
             yield self._ordered(group)
 
@@ -99,15 +98,13 @@ class SweepRunner:
             return False
         if job.first != group.first and len(group.jobs) * self.rows * (self.stop - group.first) >= MIN_TOKENS:
             return False
-        return len(group.jobs) < self.cells_at_once(job.first, group.explicit or self._explicit(job))
+        return len(group.jobs) < self.cells_at_once(job.first, group.opened | job.opened)
 
-    def _explicit(self, job: Job) -> bool:
-        if self.model.config.attention_softcap is not None or self.model.config.attention_sinks:
-            return True
-        return job.hooks is not None or not job.paths.isdisjoint(PATTERNS)
+    def cells_at_once(self, first: int, opened: frozenset[str] = frozenset()) -> int:
+        """How many cells of a first column run together. opened: as in `Job`.
 
-    def cells_at_once(self, first: int, explicit: bool) -> int:
-        """How many cells of a first column run together. Raises RequestError when not even one fits."""
+        Raises RequestError when not even one fits.
+        """
         config, element = self.model.config, self.model.embed.weight.element_size()
         columns = self.stop - first
         kept = (
@@ -118,7 +115,7 @@ class SweepRunner:
         fixed = self.rows * (self.length * kept + read * entries) * element
         # logits and the softmax of a metric, of one cell at a time
         fixed += 3 * self.rows * read * entries * 4
-        one = self.rows * row_bytes(config, columns, self.length, element, explicit=explicit)
+        one = self.rows * row_bytes(config, columns, self.length, element, opened)
         if fixed + one > self.memory_budget:
             raise RequestError(
                 f"a memory budget of {self.memory_budget:,} bytes is too small: the clean run takes {fixed:,} and one cell "

@@ -59,7 +59,7 @@ def rows_of(metric: Metric, row: int) -> Metric:
     return alone
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.integers(0, 10_000),
     st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=ROWS, max_size=ROWS),

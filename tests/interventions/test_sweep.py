@@ -51,6 +51,7 @@ def same(result: Any, expected: Tensor) -> None:
 
 
 DIFFERENCE = LogitDifference(3, torch.tensor([5, 7]))
+DIFFERENCE_OF_ONE = LogitDifference(3, 5)
 METRICS = {
     "difference": DIFFERENCE,
     "middle": TokenLogit(2, position=torch.tensor([3, -3])),
@@ -141,14 +142,75 @@ def test_users_own_hooks_join_a_sweep() -> None:
         same(sweep(model, tokens, cells, metric), loop(model, tokens, cells, metric))
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_prompts(side: str) -> None:
-    model, tokens = tiny_model("llama"), prompts(3)
+def padded_prompts(side: str) -> tuple[Tensor, Tensor]:
+    """Three rows of 5, 7 and 3 tokens."""
     pad = torch.zeros(3, 7, dtype=torch.bool)
     pad[0, slice(0, 2) if side == "left" else slice(5, 7)] = True
-    cells = grid("attn.v_out", Scale, layers=range(3), positions=[1, -1], heads=range(4), factor=3.0)
-    for metric in (LogitDifference(3, 5), CrossEntropy(), TokenRank(4)):
+    pad[2, slice(0, 4) if side == "left" else slice(3, 7)] = True
+    return prompts(3).masked_fill(pad, 0), pad
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padded_prompts(family: str, side: str) -> None:
+    model, (tokens, pad) = tiny_model(family), padded_prompts(side)
+    source = everything(model, (tokens + 5) % 23, pad)
+    cells: list[Any] = [
+        *grid("attn.v_out", Scale, layers=range(3), positions=[1, -1], heads=[0, 3], factor=3.0).cells
+    ]
+    cells += grid(STREAM, layers=range(3), positions=[0, 2, -1, slice(-2, None)], patch_from=source).cells
+    cells += [
+        Patch(site=site, layers=1, positions=-1, source=source.narrowed(site, [1]))
+        for site, layer in source
+        if layer == 1 and site.split(".")[-1] not in ("attn_in", "q_in", "k_in", "v_in")
+    ]
+    cells += [
+        (*cells[0], Zero(site="resid.post_emb", positions=-1)),
+        Zero(site="logits", positions=(0, -1), rows=(0, 1)),
+    ]
+    for metric in (
+        LogitDifference(3, 5),
+        CrossEntropy(),
+        TokenRank(4),
+        TokenLogit(2, torch.tensor([1, -2, 0])),
+    ):
         same(sweep(model, tokens, cells, metric, pad=pad), loop(model, tokens, cells, metric, pad))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_row_of_a_sweep_is_the_row_alone(side: str) -> None:
+    model, (tokens, pad) = tiny_model("llama"), padded_prompts(side)
+    cells = grid(STREAM, Scale, layers=range(3), positions=[0, 2, -1], factor=-1.0)
+    together = sweep(model, tokens, cells, DIFFERENCE_OF_ONE, pad=pad).per_example()
+    for row in range(3):
+        alone = tokens[row][~pad[row]][None]
+        expected = sweep(model, alone, cells, DIFFERENCE_OF_ONE).per_example()
+        torch.testing.assert_close(together[..., row : row + 1], expected, atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
+def test_a_sweep_runs_only_what_a_cell_can_change(side: str | None, monkeypatch) -> None:
+    model = tiny_model()
+    tokens, pad = (prompts(3), None) if side is None else padded_prompts(side)
+    ran: list[tuple[int, int, int]] = []
+    forward = Transformer.forward
+
+    def counted(self: Transformer, x: Tensor, **options: Any) -> Tensor:
+        ran.append((options.get("start_at_layer", 0), x.shape[0] // 3, x.shape[1]))
+        return forward(self, x, **options)
+
+    monkeypatch.setattr(Transformer, "forward", counted)
+    # a column that holds the last token of every row: everything before it is clean
+    at = -1 if side != "right" else torch.tensor([4, 6, 2])
+    first = {None: 6, "left": 6, "right": 2}[side]
+    cells = [Zero(site=STREAM, layers=layer, positions=at) for layer in (1, 2)]
+    same(
+        sweep(model, tokens, cells, DIFFERENCE_OF_ONE, pad=pad),
+        loop(model, tokens, cells, DIFFERENCE_OF_ONE, pad),
+    )
+    sweeps = ran[: -len(cells)]
+    assert sweeps[0] == (0, 1, 7), "the clean run"
+    assert sweeps[1:] == [(1, 1, 7 - first), (2, 2, 7 - first)], "one cell in block 1, both in block 2"
 
 
 def test_the_metric_of_a_padded_row_is_that_of_the_row_alone() -> None:
@@ -179,7 +241,7 @@ def test_any_memory_budget_gives_the_same(cells_at_once: int) -> None:
     while high - low > 1:
         runner.memory_budget = (low + high) // 2
         try:
-            fits = runner.cells_at_once(0, False) >= cells_at_once
+            fits = runner.cells_at_once(0) >= cells_at_once
         except RequestError:
             fits = False
         low, high = (low, runner.memory_budget) if fits else (runner.memory_budget, high)
