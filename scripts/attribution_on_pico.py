@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--units", action="store_true", help="the edges of 4 neurons and 4 latents instead")
     given = parser.parse_args()
     model = Transformer.load("pico").requires_grad_(False)
-    autoencoder = load_autoencoder(model_defs_dir() / "pico" / "sae")
+    autoencoder = load_autoencoder(model_defs_dir() / "pico" / "sae", dtype=torch.float32)
     for task in given.tasks:
         clean = pairs(model, SNIPPETS[task], given.rows)[0]
         units = chosen_units(model, clean, autoencoder, 4) if given.units else []

@@ -96,17 +96,10 @@ def generic_activation_patch(
     source = needed_activations(clean_cache, site, sorted({row[0] for row in rows}))
     for layer in {row[0] for row in rows}:
         same_length(source[site, layer], site, length)
-    if axes is not None and SETTER_AXES.get(patch_setter) == axes:
-        places: dict[str, Any] = {FIELDS[axis]: range(sizes[axis]) for axis in axes}
-        cells = grid(site, patch_from=source, **places)
-        swept = sweep(model, corrupted_tokens, cells, patching_metric, **options)
-        swept = swept if tuple(swept.axes) == axes else swept.transposed(axes)
-    else:
-        labels: dict[str, tuple[Any, ...]] = {"cell": tuple(range(len(rows)))}
-        if axes is not None:
-            labels = {name: tuple(range(sizes[axis])) for name, axis in zip(names, axes, strict=True)}
-        hooks = tuple(_setter_hooks(site, source, patch_setter, row) for row in rows)
-        swept = sweep(model, corrupted_tokens, Grid(labels, hooks), patching_metric, **options)
+    cells = _cells(site, source, patch_setter, names, rows, axes, sizes)
+    swept = sweep(model, corrupted_tokens, cells, patching_metric, **options)
+    if axes is not None and set(swept.axes) == set(axes):
+        swept = swept.transposed(axes)
     _check_rows(swept, reduce, corrupted_tokens.shape[0])
     result: Any
     if reduce == "none" or baseline or isinstance(patching_metric, Mapping):
@@ -115,6 +108,25 @@ def generic_activation_patch(
     else:
         result = swept.values()
     return (result, index_frame(rows, names)) if return_index_df else result
+
+
+def _cells(
+    site: str,
+    source: Activations,
+    setter: Setter,
+    names: Sequence[str],
+    rows: Sequence[tuple[int, ...]],
+    axes: tuple[str, ...] | None,
+    sizes: Mapping[str, int],
+) -> Grid:
+    """A cell for each index: declared patches where the setter is a known one for these axes, else hooks."""
+    if axes is not None and SETTER_AXES.get(setter) == axes:
+        places: dict[str, Any] = {FIELDS[axis]: range(sizes[axis]) for axis in axes}
+        return grid(site, patch_from=source, **places)
+    labels: dict[str, tuple[Any, ...]] = {"cell": tuple(range(len(rows)))}
+    if axes is not None:
+        labels = {name: tuple(range(sizes[axis])) for name, axis in zip(names, axes, strict=True)}
+    return Grid(labels, tuple(_setter_hooks(site, source, setter, row) for row in rows))
 
 
 def make_df_from_ranges(column_max_ranges: Sequence[int], column_names: Sequence[str]) -> pandas.DataFrame:
@@ -136,9 +148,9 @@ def _index(
     if index_axis_names is not None:
         names = list(index_axis_names)
         unknown = [name for name in names if name not in INDEX_AXES]
-        if unknown or names[:1] != ["layer"]:
+        if unknown or names[:1] != ["layer"] or len(set(names)) != len(names):
             raise RequestError(
-                f"index axes start with 'layer' and are of {', '.join(INDEX_AXES)}; got {names}"
+                f"index axes start with 'layer' and are of {', '.join(INDEX_AXES)}, each once; got {names}"
             )
         axes = tuple(INDEX_AXES[name] for name in names)
         return names, list(itertools.product(*(range(sizes[axis]) for axis in axes))), axes

@@ -106,7 +106,7 @@ class PatchingResult:
 
         Raises RequestError when there is one row, or the metric gave one number for all rows.
         """
-        effects = self.per_example - self._baselines[self._one()]
+        effects = self.per_example.cpu() - self._baselines[self._one()].cpu()
         return sign_flip_pvalues(_several(effects), resamples=resamples, seed=seed)
 
     def to_dataframe(self) -> pandas.DataFrame:
@@ -134,6 +134,7 @@ def sign_flip_pvalues(effects: Tensor, *, resamples: int = 10_000, seed: int = 0
     All sign patterns are tried when there are at most `resamples` of them; else that many random ones, with the
     observed one counted in (Fisher's randomisation test).
     """
+    effects = effects.double().cpu()
     rows = effects.shape[-1]
     if 2**rows <= resamples:
         patterns = list(itertools.product((1.0, -1.0), repeat=rows))
@@ -141,8 +142,8 @@ def sign_flip_pvalues(effects: Tensor, *, resamples: int = 10_000, seed: int = 0
     else:
         drawn = torch.rand(resamples, rows, generator=torch.Generator().manual_seed(seed))
         signs, counted = torch.where(drawn < 0.5, 1.0, -1.0).double(), 1
-    means = (effects.double() @ signs.T).abs() / rows
-    observed = effects.double().mean(-1, keepdim=True).abs()
+    means = (effects @ signs.T).abs() / rows
+    observed = effects.mean(-1, keepdim=True).abs()
     # what differs by rounding alone is a tie
     as_large = (means >= observed * (1 - 1e-9)).sum(-1) + counted
     return (as_large / (len(signs) + counted)).float()

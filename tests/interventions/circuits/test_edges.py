@@ -134,6 +134,18 @@ def test_attribution_patching_of_nodes_is_exact_to_first_order() -> None:
         torch.testing.assert_close(estimates[site, layer].flatten(1).sum(1), exact, atol=3e-3, rtol=0.1)
 
 
+def test_attribution_patching_of_a_padded_row_is_that_of_the_row_alone() -> None:
+    model, tokens, others = tiny_model("llama"), prompts(1, 5, seed=1), prompts(1, 5, seed=2)
+    sites = ["attn.v_out", "resid.post_emb"]
+    wide, pad = padded(tokens, 1, 1)
+    wide_others, _ = padded(others, 1, 1)
+    alone = attribution_patch(model, tokens, capture(model, others, sites), METRIC)
+    both = attribution_patch(model, wide, capture(model, wide_others, sites, pad=pad), METRIC, pad=pad)
+    for place in alone:
+        torch.testing.assert_close(both[place][:, 1:-1], alone[place], atol=1e-5, rtol=1e-3)
+        assert bool((both[place][:, [0, -1]] == 0).all())
+
+
 def test_faithfulness_and_completeness_have_their_ends() -> None:
     model, tokens, others = tiny_model(), prompts(seed=1), prompts(3, seed=2)
     every = Circuit(GraphShape.of(model.config))

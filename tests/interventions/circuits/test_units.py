@@ -14,6 +14,7 @@ from neuron_lens.hooks import AtLayers, TransformerHooks
 from neuron_lens.interventions import (
     Ablation,
     Circuit,
+    Freeze,
     GraphShape,
     LogitDifference,
     Patch,
@@ -172,6 +173,39 @@ def test_cutting_a_latent_moves_the_stream_along_its_direction(kind: str) -> Non
         )
         torch.testing.assert_close(cut, expected, atol=3e-5, rtol=1e-3)
     assert float(difference.abs().max()) > 1e-3 or kind == "topk"
+
+
+@pytest.mark.parametrize("kind", ["neurons", "stream", "out"])
+@pytest.mark.parametrize("method", ["gradient", "integrated_inputs", "integrated_activations"])
+def test_attribution_is_exact_where_the_model_is_linear(kind: str, method: str) -> None:
+    # no norms, patterns held, and every neuron and latent far above the kink of its rectifier
+    model = tiny_model(norm="none", activation="relu", n_layers=3).double()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.up.bias.add_(500.0)
+            block.mlp.down.bias.sub_(500.0 * block.mlp.down.weight.sum(1))  # what that adds, taken off again
+    autoencoders = {
+        name: Autoencoder(AUTOENCODERS[name].config, dtype=torch.float64) for name in ("stream", "out")
+    }
+    for name, made in autoencoders.items():
+        made.load_state_dict(AUTOENCODERS[name].state_dict())
+        made.b_enc.data.add_(50_000.0)
+    tokens, others = prompts(seed=1), prompts(seed=2)
+    held = to_hooks(Freeze(site="attention_pattern", source=capture(model, tokens, "attn.qk_probs")), model)
+    options: dict[str, Any] = {"autoencoders": autoencoders, "hooks": held}
+    ablation = Ablation("patch", others)
+    found = attribute_edges(
+        model, tokens, ablation, METRIC, method=method, steps=2, units=KINDS[kind], **options
+    )
+    of_units = torch.tensor([node.unit is not None for node in found.shape.senders])[:, None]
+    into_units = torch.tensor([port.unit is not None for port in found.shape.receivers])
+    some = (of_units | into_units) & (torch.arange(found.kept.numel()).view(found.kept.shape) % 5 == 0)
+    exact = exact_edge_effects(model, tokens, ablation, METRIC, Circuit(found.shape, None, some), **options)
+    largest = float(exact.scores.abs().max())
+    assert largest > 1e-3
+    torch.testing.assert_close(
+        found.scores[exact.kept], exact.scores[exact.kept], atol=1e-5 * largest, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", ["neurons", "stream", "out", "transcoder"])
