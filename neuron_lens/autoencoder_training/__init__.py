@@ -5,6 +5,7 @@ Reading order: settings, stream, objectives, optimisation, trainer, checkpoint, 
 
 from __future__ import annotations
 
+from neuron_lens.autoencoder_training.absorption import ClassAbsorption, measure_absorption
 from neuron_lens.autoencoder_training.evaluation import Evaluation, evaluate_autoencoder
 from neuron_lens.autoencoder_training.optimisation import Optimisation
 from neuron_lens.autoencoder_training.settings import TrainingSettings
@@ -13,10 +14,12 @@ from neuron_lens.autoencoder_training.trainer import Trainer, train_autoencoder
 
 __all__ = [
     "ActivationStream",
+    "ClassAbsorption",
     "Evaluation",
     "Optimisation",
     "Trainer",
     "TrainingSettings",
     "evaluate_autoencoder",
+    "measure_absorption",
     "train_autoencoder",
 ]

@@ -16,6 +16,13 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from neuron_lens.autoencoder_training.absorption import (
+    TOKEN_CLASSES,
+    ActiveLatents,
+    ClassAbsorption,
+    active_latents,
+    measure_absorption,
+)
 from neuron_lens.autoencoder_training.stream import kept_columns, rows_of_split
 from neuron_lens.autoencoders import Autoencoder, Splice, splice
 from neuron_lens.errors import RequestError
@@ -60,6 +67,9 @@ class Evaluation(BaseModel):
     dense: int  # latents that fire on more than one token in ten
     density_edges: tuple[float, ...]  # log10 of the share of tokens a latent fires on
     density_counts: tuple[int, ...]  # latents in each bin; the outermost bins take what lies beyond
+    absorption: tuple[ClassAbsorption, ...] = ()  # classes of tokens that could be judged
+    absorption_rate: float | None = None  # mean of those classes' rates
+    absorbing_latents: int | None = None  # distinct latents that speak in the place of a class's own
 
 
 @torch.inference_mode()
@@ -74,6 +84,7 @@ def evaluate_autoencoder(
     max_tokens: int | None = None,
     seed: int = 0,
     progress: bool = True,
+    absorption_tokens: int = 16_384,
 ) -> Evaluation:
     """Evaluate an autoencoder or transcoder.
 
@@ -83,6 +94,7 @@ def evaluate_autoencoder(
             "validation" are new to it. "all" reads everything.
         max_tokens: stop after about so many tokens.
         seed: of the division of the corpus into parts.
+        absorption_tokens: tokens, the first ones, on which absorption is measured (see `absorption`); 0 for none.
 
     Raises:
         RequestError: no text in that part, a width that does not fit, a site that is not known.
@@ -96,7 +108,7 @@ def evaluate_autoencoder(
             "'all', and a longer corpus where it is short"
         )
     spliced = splice(TransformerHooks(), autoencoder, site=site, layers=layer, error="drop")
-    tally = _Tally(model, autoencoder, spliced, layer)
+    tally = _Tally(model, autoencoder, spliced, layer, absorption_tokens)
     batches = [rows[first : first + _BATCH_ROWS] for first in range(0, len(rows), _BATCH_ROWS)]
     for batch in tqdm(batches, desc="activations", unit="batch", disable=not progress):
         tally.activations(batch)
@@ -109,7 +121,12 @@ class _Tally:
     """Running sums over batches of rows; activations first, since the mean is needed for the losses."""
 
     def __init__(
-        self, model: Transformer, autoencoder: Autoencoder, spliced: Splice, layer: int | None
+        self,
+        model: Transformer,
+        autoencoder: Autoencoder,
+        spliced: Splice,
+        layer: int | None,
+        absorption_tokens: int,
     ) -> None:
         assert spliced.read_site is not None and spliced.write_site is not None, "splice gives both"
         self.model, self.autoencoder, self.spliced = model, autoencoder, spliced
@@ -121,6 +138,7 @@ class _Tally:
         self.loss = torch.zeros(4, dtype=torch.float64)
         self.n_loss = 0
         self.chosen = layer
+        self.wanted, self.sampled = absorption_tokens, _Sample()
 
     def activations(self, rows: Sequence[Row]) -> None:
         """Sums of what the site holds and of what the reconstruction misses."""
@@ -131,17 +149,21 @@ class _Tally:
             caught["predicted"] = self.spliced.write(x, encoded)
             latents = encoded[0]
             dense = latents if isinstance(latents, Tensor) else latents.to_dense(len(self.fired))
-            caught["on"] = dense != 0
+            caught["latents"] = dense
             return x
 
-        kept = self._run(rows, keep)[1]
+        _, kept, tokens, _ = self._run(rows, keep)
         target = caught["target"][kept].flatten(1).double()
         missed = target - caught["predicted"][kept].flatten(1).double()
         self.n += len(target)
         self.sum = target.sum(0) if self.sum is None else self.sum + target.sum(0)
         self.squares += float(target.square().sum())
         self.error += float(missed.square().sum())
-        self.fired += caught["on"][kept].sum(0).double().cpu()
+        latents = caught["latents"][kept]
+        self.fired += (latents != 0).sum(0).double().cpu()
+        still = self.wanted - self.sampled.n
+        if still > 0:
+            self.sampled.add(tokens[kept][:still], target[:still], latents[:still])
 
     def losses(self, rows: Sequence[Row]) -> None:
         """Summed next-token losses at kept tokens: intact, spliced, zero, mean."""
@@ -208,6 +230,8 @@ class _Tally:
         logs = share.clamp(min=10 ** _DENSITY_EDGES[0]).log10().clamp(max=_DENSITY_EDGES[-1])
         counts = torch.histogram(logs, torch.tensor(_DENSITY_EDGES, dtype=torch.float64)).hist
         never = int((self.fired == 0).sum())
+        absorption = self.sampled.absorption(self.model, self.autoencoder) if self.sampled.n else ()
+        absorbing = {latent for each in absorption for latent in each.absorbing_latents}
         return Evaluation(
             model=self.model.config.name or "model",
             site=self.write.path,
@@ -231,6 +255,40 @@ class _Tally:
             dense=int((share > 0.1).sum()),
             density_edges=_DENSITY_EDGES,
             density_counts=tuple(int(count) for count in counts),
+            absorption=absorption,
+            absorption_rate=sum(each.rate for each in absorption) / len(absorption) if absorption else None,
+            absorbing_latents=len(absorbing) if absorption else None,
+        )
+
+
+class _Sample:
+    """The first tokens, with what the site held and which latents fired."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.tokens: list[Tensor] = []
+        self.activations: list[Tensor] = []
+        self.latents: list[ActiveLatents] = []
+
+    def add(self, tokens: Tensor, activations: Tensor, latents: Tensor) -> None:
+        """tokens [token], activations [token, d_out] and dense latents [token, d_latent]."""
+        entries = active_latents(latents.cpu())
+        self.latents.append(entries._replace(token=entries.token + self.n))
+        self.tokens.append(tokens.cpu())
+        self.activations.append(activations.float().cpu())
+        self.n += len(tokens)
+
+    def absorption(self, model: Transformer, autoencoder: Autoencoder) -> tuple[ClassAbsorption, ...]:
+        """For the classes that a token's text tells."""
+        tokens, where = torch.cat(self.tokens).unique(return_inverse=True)
+        texts = model.tokenizer.token_strings(tokens.tolist())
+        classes = {
+            name: torch.tensor([belongs(text) for text in texts])[where]
+            for name, belongs in TOKEN_CLASSES.items()
+        }
+        entries = ActiveLatents(*(torch.cat(parts) for parts in zip(*self.latents, strict=True)))
+        return measure_absorption(
+            torch.cat(self.activations), entries, autoencoder.W_dec.detach().cpu(), classes
         )
 
 

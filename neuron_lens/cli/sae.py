@@ -22,7 +22,9 @@ examples:
   neuron-lens sae train pico --layer 2 --width 1024 --k 16 --tokens 200000
   neuron-lens sae train gpt2 --layer 6 --width 24576 --activation jumprelu --sparsity 1e-3 --corpus text/
   neuron-lens sae evaluate pico                               the autoencoder that ships with pico
-  neuron-lens sae evaluate gpt2 --sae downloads/gpt2-sae --corpus text/ --json evaluation.json
+  neuron-lens sae evaluate gpt2 --sae downloads/gpt2-sae --corpus text/ --out evaluation
+
+Figures are printed, and written as evaluation.json and as a page, evaluation.html, that needs no network.
 
 A training run that was stopped goes on when the same command is given again.
 """
@@ -63,6 +65,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=2048, help="tokens per step (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, help="default: from the width")
     parser.add_argument("--bf16", action="store_true", help="products in bfloat16")
+    parser.add_argument("--site-out", metavar="SITE", help="train a transcoder: the site that is predicted")
+    parser.add_argument("--layer-out", type=int, metavar="L", help="of --site-out (default: --layer)")
+    parser.add_argument("--skip", action="store_true", help="a transcoder with a linear skip term")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder (default: autoencoders/<model>)")
     _add_common(parser)
@@ -78,7 +83,9 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="test", choices=["train", "validation", "test", "all"])
     parser.add_argument("--tokens", type=int, default=100_000, help="at most so many (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the corpus's division into parts")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for both files (default: evaluations/<model>)"
+    )
     _add_common(parser)
 
 
@@ -96,7 +103,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     from neuron_lens.autoencoder_training import evaluate_autoencoder, train_autoencoder
-    from neuron_lens.files.atomic import write_text_atomic
 
     settings = _settings(arguments)
     corpus = corpus_of(arguments.corpus)
@@ -106,9 +112,7 @@ def _train(arguments: argparse.Namespace) -> int:
     evaluation = evaluate_autoencoder(
         model, trained, corpus, seed=settings.seed, max_tokens=100_000, progress=not arguments.quiet
     )
-    write_text_atomic(folder / "evaluation.json", evaluation.model_dump_json(indent=2) + "\n")
-    print(_table(evaluation))
-    print(f"\nautoencoder: {folder} (SAELens format)\nevaluation: {folder / 'evaluation.json'}")
+    _write(evaluation, folder, f"autoencoder: {folder} ({_format_of(folder)} format)")
     return 0
 
 
@@ -117,7 +121,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     from neuron_lens.autoencoder_training import evaluate_autoencoder
     from neuron_lens.autoencoders import load_autoencoder
-    from neuron_lens.files.atomic import write_text_atomic
 
     path = Path(arguments.sae) if arguments.sae else shipped_autoencoder(arguments.model)
     autoencoder = load_autoencoder(path, dtype=torch.float32)
@@ -132,9 +135,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         progress=not arguments.quiet,
     )
-    if arguments.json:
-        write_text_atomic(arguments.json, evaluation.model_dump_json(indent=2) + "\n")
-    print(_table(evaluation))
+    _write(evaluation, arguments.out or Path("evaluations") / Path(arguments.model).name)
     return 0
 
 
@@ -148,6 +149,9 @@ def _settings(arguments: argparse.Namespace) -> TrainingSettings:
     return TrainingSettings(
         site=arguments.site,
         layer=arguments.layer,
+        site_out=arguments.site_out,
+        layer_out=arguments.layer_out,
+        skip=arguments.skip,
         d_latent=arguments.width,
         activation=arguments.activation,
         k=arguments.k,
@@ -177,23 +181,27 @@ def shipped_autoencoder(model: str) -> Path:
     return folder
 
 
+def _format_of(folder: Path) -> str:
+    return "SAELens" if (folder / "cfg.json").exists() else "circuit-tracer"
+
+
+def _write(evaluation: Evaluation, folder: Path, first: str = "") -> None:
+    """Print the figures, and write them to a folder as JSON and as a page."""
+    from neuron_lens.files.atomic import write_text_atomic
+    from neuron_lens.report import autoencoder_page
+
+    json, page = folder / "evaluation.json", folder / "evaluation.html"
+    write_text_atomic(json, evaluation.model_dump_json(indent=2) + "\n")
+    write_text_atomic(page, autoencoder_page(evaluation.model_dump(mode="json")))
+    print(_table(evaluation))
+    print("\n".join(["", *filter(None, [first]), f"evaluation: {json}", f"page: {page}"]))
+
+
 def _table(evaluation: Evaluation) -> str:
     """The figures, a line each."""
+    from neuron_lens.report.autoencoder import evaluation_facts
+
     e = evaluation
     where = e.site if e.layer is None else f"{e.site}, layer {e.layer}"
-    rows = [
-        ("variance explained", f"{e.variance_explained:.4f}"),
-        ("active latents per token", f"{e.l0:.1f}"),
-        ("loss: intact", f"{e.loss_intact:.4f}"),
-        ("loss: reconstruction", f"{e.loss_spliced:.4f}"),
-        ("loss: mean, zeros", f"{e.loss_mean:.4f}, {e.loss_zero:.4f}"),
-        ("loss recovered: mean, zeros", f"{_share(e.loss_recovered_mean)}, {_share(e.loss_recovered_zero)}"),
-        ("latents that never fired", f"{e.never_fired} of {e.d_latent}"),
-        ("latents on over 10 % of tokens", str(e.dense)),
-    ]
     lines = [f"{e.model}, {where}, on {e.corpus} ({e.split}): {e.n_tokens:,} tokens", ""]
-    return "\n".join([*lines, *(f"{name:<32}{value}" for name, value in rows)])
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    return "\n".join([*lines, *(f"{name:<32}{value}" for name, value in evaluation_facts(e.model_dump()))])

@@ -12,6 +12,6 @@ inline blocks, by their hashes).
 
 from __future__ import annotations
 
-from neuron_lens.report.pages import index_page, unit_page, write_pages
+from neuron_lens.report.pages import autoencoder_page, index_page, unit_page, write_pages
 
-__all__ = ["index_page", "unit_page", "write_pages"]
+__all__ = ["autoencoder_page", "index_page", "unit_page", "write_pages"]

@@ -7,19 +7,21 @@ written under a temporary name and renamed; the index comes last, so that it nev
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from neuron_lens.errors import RequestError
 from neuron_lens.explain.result import RunResult, UnitResult
 from neuron_lens.files.atomic import write_text_atomic
+from neuron_lens.report.autoencoder import autoencoder_body
 from neuron_lens.report.html import document
 from neuron_lens.report.index import index_body
 from neuron_lens.report.unit import unit_body
 
-__all__ = ["index_page", "unit_page", "write_index", "write_pages", "write_unit_page"]
+__all__ = ["autoencoder_page", "index_page", "unit_page", "write_index", "write_pages", "write_unit_page"]
 
 PAGE = "index.html"
 
@@ -32,6 +34,13 @@ def unit_page(result: UnitResult, *, index_href: str | None = None) -> str:
     """
     title = f"{result.unit} of {result.model.name}".replace(" of layer ", ", layer ")
     body = unit_body(result, index_href=index_href)
+    return document(title, body, style=_asset("style.css"), script=_asset("page.js"))
+
+
+def autoencoder_page(evaluation: Mapping[str, Any]) -> str:
+    """The page of an autoencoder's evaluation, complete in itself; its fields as `sae evaluate` writes them to JSON."""
+    body = autoencoder_body(evaluation)
+    title = f"Autoencoder of {evaluation['model']}"
     return document(title, body, style=_asset("style.css"), script=_asset("page.js"))
 
 

@@ -48,7 +48,8 @@ def test_train_then_evaluate(texts: str, tmp_path: Path, capsys: pytest.CaptureF
     assert "variance explained" in printed and str(out) in printed
     figures = json.loads((out / "evaluation.json").read_text())
     assert load_autoencoder(out, "saelens").config.d_latent == 40
-    file = tmp_path / "again.json"
+    assert "Absorption" in (out / "evaluation.html").read_text()
+    again_folder = tmp_path / "again"
     evaluate = [
         "sae",
         "evaluate",
@@ -57,15 +58,27 @@ def test_train_then_evaluate(texts: str, tmp_path: Path, capsys: pytest.CaptureF
         str(out),
         "--corpus",
         texts,
-        "--json",
-        str(file),
+        "--out",
+        str(again_folder),
         "--quiet",
     ]
     assert main(evaluate) == 0
-    again = json.loads(file.read_text())
+    assert str(again_folder / "evaluation.html") in capsys.readouterr().out
+    again = json.loads((again_folder / "evaluation.json").read_text())
     assert again["loss_spliced"] == pytest.approx(figures["loss_spliced"], rel=1e-5)
     assert again["n_tokens"] == figures["n_tokens"]
     assert main(train) == 0, "a finished run is finished again"
+
+
+def test_a_transcoder_is_trained_and_evaluated(
+    texts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = "sae train tiny --layer 1 --site resid.torso.post_ln_mlp --site-out resid.torso.delta_mlp --skip"
+    train += " --width 40 --k 3 --tokens 640 --batch 64 --quiet"
+    assert main([*train.split(), "--corpus", texts, "--out", str(tmp_path / "pair")]) == 0
+    assert "circuit-tracer format" in capsys.readouterr().out
+    loaded = load_autoencoder(tmp_path / "pair")
+    assert loaded.config.has_skip and loaded.config.site_out.path == "resid.torso.delta_mlp"
 
 
 @pytest.mark.parametrize(
