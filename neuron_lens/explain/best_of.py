@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from neuron_lens.errors import RequestError
 from neuron_lens.explain.evidence import Evidence
 from neuron_lens.explain.explainers.base import Candidate
-from neuron_lens.explain.plan import carry_out
+from neuron_lens.explain.plan import Plan, carry_out
 from neuron_lens.explain.scorers.base import BaseScorer, ScorerResult
 from neuron_lens.llm import Backend
 
-__all__ = ["Choice", "best_of"]
+__all__ = ["Choice", "best_of", "choice_plan"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,18 @@ def best_of(
 
     With one candidate that has a sentence nothing is asked. Raises RequestError when none has one.
     """
+    return carry_out(backend, [choice_plan(evidence, candidates, scorer, backend, seed=seed)])[0]
+
+
+def choice_plan(
+    evidence: Evidence,
+    candidates: Sequence[Candidate],
+    scorer: BaseScorer,
+    backend: Backend | None,
+    *,
+    seed: int,
+) -> Plan[Choice]:
+    """The calls of `best_of`, and the choice they lead to."""
     usable = [place for place, candidate in enumerate(candidates) if candidate.sentence is not None]
     if not usable:
         reasons = {c.missing.reason for c in candidates if c.missing is not None}
@@ -46,20 +58,22 @@ def best_of(
             f"none of the {len(candidates)} candidates for {evidence.unit} has a sentence to choose "
             f"({'; '.join(sorted(reasons)) or 'none was given'})"
         )
-    results: list[ScorerResult | None] = [None] * len(candidates)
-    if len(usable) > 1:
-        judge = replace(scorer, part="validation", controls=False)
-        plans = [
-            judge.plan(evidence, candidates[place].sentence or "", backend, seed=seed) for place in usable
-        ]
-        found = carry_out(backend, plans)
-        for place, result in zip(usable, found, strict=True):
-            results[place] = result
+    asked = usable if len(usable) > 1 else []
+    judge = replace(scorer, part="validation", controls=False)
+    plan = Plan.joined(
+        [judge.plan(evidence, candidates[place].sentence or "", backend, seed=seed) for place in asked]
+    )
 
-    def standing(place: int) -> float:
-        result = results[place]
-        value = None if result is None else result.score.value
-        return float("-inf") if value is None else value
+    def chosen(found: list[ScorerResult]) -> Choice:
+        results = dict(zip(asked, found, strict=True))
 
-    best = max(usable, key=standing)  # of equals, the first
-    return Choice(candidates[best], tuple(candidates), tuple(results))
+        def standing(place: int) -> float:
+            value = results[place].score.value if place in results else None
+            return float("-inf") if value is None else value
+
+        best = max(usable, key=standing)  # of equals, the first
+        return Choice(
+            candidates[best], tuple(candidates), tuple(results.get(i) for i in range(len(candidates)))
+        )
+
+    return plan.then(chosen)

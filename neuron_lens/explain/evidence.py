@@ -151,6 +151,10 @@ class Evidence(Record):
             **parts,
         )
 
+    def replaced(self, **fields: Any) -> Evidence:
+        """The same evidence with some fields replaced, checked as new evidence is."""
+        return Evidence(**{name: getattr(self, name) for name in type(self).model_fields} | fields)
+
     @property
     def firing_threshold(self) -> float:
         """The unit fires at a token where its activation is above this."""

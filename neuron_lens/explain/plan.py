@@ -43,6 +43,13 @@ class Plan(Generic[T]):
         """The same calls, with something done to the result."""
         return Plan(self.calls, lambda answers: change(self.read(answers)))
 
+    def beside(self, other: Plan[U]) -> Plan[tuple[T, U]]:
+        """This plan and one of another kind, as one."""
+        n = len(self.calls)
+        return Plan(
+            (*self.calls, *other.calls), lambda answers: (self.read(answers[:n]), other.read(answers[n:]))
+        )
+
     @staticmethod
     def joined(plans: Sequence[Plan[U]]) -> Plan[list[U]]:
         """Several plans as one."""

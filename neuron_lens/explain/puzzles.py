@@ -130,18 +130,21 @@ def _pattern(rule: dict[str, Any], words: dict[str, list[str]]) -> str:
 
 @lru_cache(maxsize=4)
 def _sentences(seed: int) -> dict[str, tuple[tuple[str, ...], ...]]:
-    """The tokens of every window, by part: each a sentence, drawn alike for all puzzles."""
+    """The tokens of every window, by part: each a sentence that is nowhere else, drawn alike for all puzzles."""
     data = _data()
     rng = np.random.default_rng(seed)
-    parts: dict[str, tuple[tuple[str, ...], ...]] = {}
-    for part in PARTS:
-        drawn = []
-        for place in range(_WINDOWS[part]):
-            frame = data["frames"][(place + seed) % len(data["frames"])]
-            text = re.sub(r"\{(\w+)\}", lambda slot: str(rng.choice(data["words"][slot[1]])), frame)
-            drawn.append(tokens_of(text))
-        parts[part] = tuple(drawn[index] for index in rng.permutation(len(drawn)))
-    return parts
+
+    def filled(frame: str) -> str:
+        return re.sub(r"\{(\w+)\}", lambda slot: str(rng.choice(data["words"][slot[1]])), frame)
+
+    texts: dict[str, None] = {}
+    for place in range(sum(_WINDOWS.values())):
+        frame = data["frames"][place % len(data["frames"])]
+        while (text := filled(frame)) in texts:
+            pass  # every frame has far more fillings than are drawn of it
+        texts[text] = None
+    drawn = iter([list(texts)[index] for index in rng.permutation(len(texts))])
+    return {part: tuple(tokens_of(next(drawn)) for _ in range(_WINDOWS[part])) for part in PARTS}
 
 
 @lru_cache(maxsize=128)

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -45,7 +45,7 @@ class StructuredRequest(Generic[T]):
     _adapter: TypeAdapter[T] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_adapter", TypeAdapter(self.shape))
+        object.__setattr__(self, "_adapter", _adapter_of(self.shape))
         if not self.request.messages or self.request.json_schema is not None:
             raise BackendError(
                 "a structured request is made of a chat request (messages) without a json_schema of its own: the schema "
@@ -55,7 +55,8 @@ class StructuredRequest(Generic[T]):
     @cached_property
     def schema(self) -> dict[str, Any]:
         """The JSON schema of `shape`."""
-        return self._adapter.json_schema()
+        known: Any = self.shape
+        return _schema_of_class(known) if isinstance(known, type) else self._adapter.json_schema()
 
     def sent_to(self, backend: Backend) -> Request:
         """The request as it is sent first: with the schema to enforce, or told in words where it cannot be enforced."""
@@ -101,6 +102,23 @@ class StructuredRequest(Generic[T]):
         if not fitting:
             raise ValueError(problem)
         return fitting[0]
+
+
+def _adapter_of(shape: type[T]) -> TypeAdapter[T]:
+    known: Any = shape
+    return _adapter_of_class(known) if isinstance(known, type) else TypeAdapter(shape)
+
+
+# Made once a class: a run makes many thousand requests of a few shapes. (Other types may not be hashable.)
+@lru_cache(maxsize=64)
+def _adapter_of_class(shape: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(shape)
+
+
+@lru_cache(maxsize=64)
+def _schema_of_class(shape: Any) -> dict[str, Any]:
+    schema: dict[str, Any] = _adapter_of_class(shape).json_schema()
+    return schema
 
 
 async def complete_structured(backend: Backend, asked: StructuredRequest[T]) -> T | Missing:

@@ -145,19 +145,17 @@ class RuleEmbedder:
     instructed = False
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        return np.array(
-            [
-                [
-                    float(sentence == text or any(rule.fires(tokens_of(text))))
-                    for sentence, rule in RULES.items()
-                ]
-                if text not in RULES
-                else [float(sentence == text) for sentence in RULES]
-                for text in texts
-            ]
-        )
+        return np.array([_direction(text) for text in texts])
 
 
+@lru_cache(maxsize=4096)
+def _direction(text: str) -> tuple[float, ...]:
+    if text in RULES:
+        return tuple(float(sentence == text) for sentence in RULES)
+    return tuple(float(any(rule.fires(tokens_of(text)))) for rule in RULES.values())
+
+
+@lru_cache(maxsize=64)
 def planted_effects(unit: Unit) -> list[Effect]:
     """What steering a puzzle's unit would do: its own tokens become likelier."""
     puzzle = puzzles()[unit.index]

@@ -53,13 +53,16 @@ class RandomEmbedder:
 
 
 SCORERS: dict[str, BaseScorer] = {
-    "detection": Detection(controls=False),
-    "fuzzing": Fuzzing(controls=False),
+    "detection": Detection(controls=False, batch=10),
+    "fuzzing": Fuzzing(controls=False, batch=10),
     "intruder": Intruder(controls=False),
     "simulation": Simulation(simulator=TextSimulator(), controls=False, n_firing=8, n_silent=8),
     "surprisal": Surprisal(controls=False, n_firing=15, n_silent=15),
     "causal": Causal(
-        controls=False, effects=planted_effects, random_units=tuple(p.evidence().unit for p in puzzles()[:5])
+        batch=10,
+        controls=False,
+        effects=planted_effects,
+        random_units=tuple(p.evidence().unit for p in puzzles()[:5]),
     ),
 }
 
@@ -98,8 +101,8 @@ def test_figures_of_blind_yes_and_no_hold_their_truth(n: int, yes: float) -> Non
     """Blind answers: accuracy 1/2, precision the share of truth, at density the density, recall the share of yes."""
     rng = np.random.default_rng(n)
     density = 0.1
-    figures = [binary_figures(_null(rng, n, yes), density, seed) for seed in range(300)]
-    noise = 3 * np.sqrt(NOMINAL * (1 - NOMINAL) / 300)
+    figures = [binary_figures(_null(rng, n, yes), density, seed) for seed in range(200)]
+    noise = 3 * np.sqrt(NOMINAL * (1 - NOMINAL) / 200)
     truth = {
         "balanced_accuracy": 0.5,
         "precision": 0.5,
@@ -109,7 +112,7 @@ def test_figures_of_blind_yes_and_no_hold_their_truth(n: int, yes: float) -> Non
     }
     for name, value in truth.items():
         known = [one[name] for one in figures if one[name].value is not None]
-        assert len(known) > 270
+        assert len(known) > 180
         assert np.mean([covers(score, value) for score in known]) >= NOMINAL - noise - 0.01, name
 
 

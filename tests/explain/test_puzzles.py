@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from neuron_lens.errors import RequestError
@@ -23,14 +25,16 @@ from .judge import RuleEmbedder, planted_effects, rule_judge
 
 PUZZLES = puzzles()
 SCORERS: dict[str, BaseScorer] = {
-    "detection": Detection(),
-    "fuzzing": Fuzzing(),
+    "detection": Detection(batch=10),
+    "fuzzing": Fuzzing(batch=10),
     "intruder": Intruder(n_trials=12),
     "simulation all at once": Simulation(simulator=AllAtOnceSimulator(), n_firing=8, n_silent=6),
     "simulation by text": Simulation(simulator=TextSimulator(), calibration="linear", n_firing=8, n_silent=6),
     "surprisal": Surprisal(n_firing=15, n_silent=15),
     "embedding": Embedding(embedder=RuleEmbedder()),
-    "causal": Causal(effects=planted_effects, random_units=tuple(p.evidence().unit for p in PUZZLES)),
+    "causal": Causal(
+        batch=10, effects=planted_effects, random_units=tuple(p.evidence().unit for p in PUZZLES)
+    ),
 }
 
 
@@ -56,6 +60,11 @@ def test_there_are_enough_puzzles_and_each_is_what_it_says() -> None:
         puzzle_named("yeers")
 
 
+def test_no_text_is_seen_twice() -> None:
+    texts = [window.tokens for _, part in PUZZLES[0].evidence().parts() for window in part.windows]
+    assert len(set(texts)) == len(texts) > 300
+
+
 def test_evidence_is_the_same_every_time_and_differs_by_seed() -> None:
     puzzle = puzzle_named("animals")
     assert puzzle.evidence(3) == Puzzle(puzzle.index, puzzle.rule, puzzle.false_rules).evidence(3)
@@ -65,8 +74,11 @@ def test_evidence_is_the_same_every_time_and_differs_by_seed() -> None:
 @pytest.mark.parametrize("name", SCORERS)
 def test_the_true_explanation_stands_above_every_false_one(name: str) -> None:
     scorer, judge = SCORERS[name], rule_judge()
+    alone = replace(scorer, controls=False)
     plans = [
-        scorer.plan(puzzle.evidence(), one, judge, seed=0, others=PUZZLES[puzzle.index - 1].explanations)
+        (scorer if one == puzzle.explanation else alone).plan(
+            puzzle.evidence(), one, judge, seed=0, others=PUZZLES[puzzle.index - 1].explanations
+        )
         for puzzle in PUZZLES
         for one in puzzle.explanations
     ]

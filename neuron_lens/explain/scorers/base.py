@@ -13,76 +13,18 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
-from pydantic import Field, NonNegativeInt
 
 from neuron_lens.errors import RequestError
 from neuron_lens.explain.evidence import PARTS, Evidence, PartName
 from neuron_lens.explain.explainers.base import described
 from neuron_lens.explain.plan import Answer, Plan, carry_out, missing_kinds
-from neuron_lens.explain.result import Score
+from neuron_lens.explain.result import QuantileScore, Score, ScorerControl, ScorerResult
 from neuron_lens.explain.scorers.outcome import Outcome
 from neuron_lens.llm import Backend, require
-from neuron_lens.records import Record
 
 __all__ = ["NULL_EXPLANATION", "BaseScorer", "QuantileScore", "Scorer", "ScorerControl", "ScorerResult"]
 
 NULL_EXPLANATION = "no particular pattern: any token of any text, at random"
-
-
-class ScorerControl(Record):
-    """The same scores for what should not work.
-
-    "another_unit": another unit's explanation; "null": one that says nothing; "shuffled": this explanation's
-    predictions dealt to other examples at random (no calls).
-    """
-
-    name: Literal["another_unit", "null", "shuffled"]
-    sentence: str | None
-    scores: dict[str, Score]
-
-
-class QuantileScore(Record):
-    """The headline figure on the firing windows of one stratum (largest activation in [low, high)) against all
-    silent windows; for judgements of yes and no the recall in the stratum."""
-
-    index: NonNegativeInt
-    low: float
-    high: float
-    score: Score
-
-
-class ScorerResult(Record):
-    """What one scorer says of one explanation.
-
-    Attributes:
-        headline: the name of the figure to rank explanations by; higher is better, and None is below all.
-        chance: what the headline comes to for an explanation that says nothing.
-        scores: figures by name.
-        prompt: version of the prompt file; backend: who judged; method: what of it was used, where there is a choice.
-        calls: planned, for the explanation alone; missing: how many gave nothing, by kind.
-        notes: what the reader must know.
-    """
-
-    scorer: str
-    part: PartName
-    explanation: str
-    headline: str
-    chance: float
-    scores: dict[str, Score]
-    controls: tuple[ScorerControl, ...]
-    quantiles: tuple[QuantileScore, ...] = ()
-    prompt: str = ""
-    backend: str = ""
-    method: str = ""
-    seed: int = 0
-    calls: NonNegativeInt = 0
-    missing: dict[str, int] = Field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    @property
-    def score(self) -> Score:
-        """The headline figure."""
-        return self.scores[self.headline]
 
 
 @runtime_checkable

@@ -14,6 +14,7 @@ from neuron_lens.explain.scorers.base import BaseScorer
 from neuron_lens.explain.scorers.batches import ask_in_batches
 from neuron_lens.explain.scorers.examples import draw_examples
 from neuron_lens.explain.scorers.outcome import Outcome, binary_figures, judgements_of
+from neuron_lens.explain.scores import share_score
 from neuron_lens.llm import Backend
 
 __all__ = ["BinaryScorer", "Detection"]
@@ -41,9 +42,8 @@ class BinaryScorer(BaseScorer):
 
     def quantile_figure(self, outcome: Outcome, evidence: Evidence, seed: int) -> Score:
         """The recall in the stratum: what is silent is the same for all."""
-        return self.figures(outcome.only(outcome.fires & (outcome.true[:, 0] > 0.5)), evidence, seed)[
-            "recall"
-        ]
+        true = outcome.fires & (outcome.true[:, 0] > 0.5)
+        return share_score(outcome.predicted[true, 0] > 0.5, outcome.given[true])
 
     def density(self, evidence: Evidence) -> float | None:
         """The share of the corpus that is true of the unit; None where it is not known."""

@@ -9,6 +9,7 @@ from neuron_lens.explain.evidence import Evidence
 from neuron_lens.explain.result import Score
 from neuron_lens.explain.scorers.base import BaseScorer
 from neuron_lens.explain.scorers.outcome import Outcome, ranking_figures
+from neuron_lens.explain.scores import auc
 
 __all__ = ["RankingScorer"]
 
@@ -27,3 +28,7 @@ class RankingScorer(BaseScorer):
         """See `ranking_figures`."""
         density = None if evidence.density is None else evidence.density.windows
         return ranking_figures(outcome, density, seed)
+
+    def quantile_figure(self, outcome: Outcome, evidence: Evidence, seed: int) -> Score:
+        """The area under the curve."""
+        return auc(outcome.predictions, 0.5, seed)

@@ -12,17 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, get_args
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from neuron_lens.errors import RequestError, did_you_mean
-from neuron_lens.explain.calibration import FITTED, Calibration, CalibrationName, calibrated
+from neuron_lens.explain.calibration import FITTED, Calibration, CalibrationName, calibrated, scale
 from neuron_lens.explain.evidence import Evidence, PartName
 from neuron_lens.explain.plan import Plan
 from neuron_lens.explain.rendering import largest_of
-from neuron_lens.explain.result import Score
+from neuron_lens.explain.result import Score, ScoredWindow
 from neuron_lens.explain.scorers.base import BaseScorer
 from neuron_lens.explain.scorers.examples import Example, draw_examples
 from neuron_lens.explain.scorers.outcome import Outcome, precision_at_density, ratio, without_value
@@ -125,6 +125,31 @@ class Simulation(BaseScorer):
 
         return asked.then(read)
 
+    def shown(
+        self, evidence: Evidence, explanation: str, backend: Backend | None, seed: int
+    ) -> Plan[tuple[ScoredWindow, ...]]:
+        """The windows scored with what was predicted there, in activations ("scale"): the calls of `ask` again."""
+        examples = self._drawn(evidence, self.part, seed)
+        back = scale(largest_of(evidence.train.windows)).apply
+        words: dict[str, Literal["top", "quantile", "random"]] = {"top": "top", "stratum": "quantile"}
+
+        def read(simulated: list[Simulated]) -> tuple[ScoredWindow, ...]:
+            return tuple(
+                ScoredWindow(
+                    window=example.window,
+                    simulated=None
+                    if all(level is None for level in levels)
+                    else tuple(
+                        None if level is None else round(float(back(np.asarray(level))), 4)
+                        for level in levels
+                    ),
+                    stratum=words.get(example.source, "random"),
+                )
+                for example, levels in zip(examples, simulated, strict=True)
+            )
+
+        return self._simulator(backend).plan(explanation, [one.window for one in examples]).then(read)
+
     def figures(self, outcome: Outcome, evidence: Evidence, seed: int) -> dict[str, Score]:
         """See the class."""
         assert isinstance(outcome, _Simulated), "made by ask"
@@ -167,6 +192,10 @@ class Simulation(BaseScorer):
             )
             for name, score in scores.items()
         }
+
+    def quantile_figure(self, outcome: Outcome, evidence: Evidence, seed: int) -> Score:
+        """The correlation."""
+        return correlation(outcome.predictions, seed)
 
     def _simulator(self, backend: Backend | None) -> Simulator:
         return self.simulator or simulator_for(backend)
