@@ -2,9 +2,11 @@
 
     harvest -> explain -> score -> ablate -> result.json and page, one unit after the other; then the index
 
-Every unit's files are written whole before the next is begun, and a unit that is there already, from the
-same model, corpus and settings, is not done again: a killed run goes on where it was. This is the one
-module of the package that brings torch in, through what it calls.
+Without a judge everything is computed here. With one (`explainer`, `scorers`, `backend`), candidates are asked for,
+chosen among on validation windows and scored on test windows, some units side by side; every answer is kept, so that
+nothing is asked twice. Every unit's files are written whole before the next is begun, and a unit that is there already,
+from the same model, corpus and settings, is not done again: a killed run goes on where it was. This is the one module
+of the package that brings torch in, through what it calls.
 """
 
 from __future__ import annotations
@@ -12,19 +14,32 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from tqdm import tqdm
 
 import neuron_lens
-from neuron_lens.errors import RequestError
-from neuron_lens.explain.result import ModelFacts, RunFacts, RunResult, UnitResult, UnitSummary
+from neuron_lens.errors import BackendError, RequestError
+from neuron_lens.explain.evidence import Evidence
+from neuron_lens.explain.explainers import Explainer, TokenStatistics, explainer_named
+from neuron_lens.explain.judging import Judging, Rehearsal, by_judge, controlled, with_scores
+from neuron_lens.explain.result import (
+    Explanation,
+    ModelFacts,
+    RunFacts,
+    RunResult,
+    UnitResult,
+    UnitSummary,
+)
+from neuron_lens.explain.run_folder import CorpusFacts, Manifest, Method, RunFolder, SourceFacts
+from neuron_lens.explain.scorers import BaseScorer, Causal, scorer_named
 from neuron_lens.explain.source_work import SourceWork
+from neuron_lens.explain.unit_sources import NamesUnits, grouped, source_of
 from neuron_lens.files.atomic import write_text_atomic
+from neuron_lens.llm import Backend, CachedBackend, Estimate, Price, estimate
 from neuron_lens.records import Unit
 
 if TYPE_CHECKING:
@@ -36,20 +51,29 @@ if TYPE_CHECKING:
 
 __all__ = ["Pipeline"]
 
-_VERSION = 2  # of the method: raise it when results change for the same input
+_VERSION = 3  # of the method: raise it when results change for the same input
 
-# What the units of one source share: kind, layer, site and dictionary.
-_SourceKey = tuple[str, int, str, str]
+_BLOCK = 8  # units whose calls to a judge run side by side
 
 
 @dataclass(eq=False)
-class Pipeline:
+class Pipeline(NamesUnits):
     """Explains units of one model on one corpus into one folder.
 
     `units = pipeline.neurons(2, [17])`, or `heads`, `latents`, `directed`; then `pipeline.run(units)`.
 
-    `autoencoders` and `directions` are those whose units can be asked for. `pages`: also write an HTML page for
-    every unit and an index. `progress`: show progress bars on stderr.
+    Args:
+        explainer: a name, or an explainer with its options; token statistics need no judge, the others ask `backend`.
+        scorers: names, or scorers with their options, in the order they are shown; the first one also chooses among
+            several candidates of the explainer.
+        backend: the judge, whose answers are kept in the folder.
+        autoencoders, directions: those whose units can be asked for.
+        pages: also write an HTML page for every unit and an index.
+        progress: show progress bars on stderr.
+        recipe: how model and corpus can be had again, for commands that are given the folder only.
+
+    Raises RequestError for names there are not, and when it runs, for a judge that is needed and not given, or a
+    folder that holds a run of something else.
     """
 
     model: Transformer
@@ -61,6 +85,10 @@ class Pipeline:
     progress: bool = True
     autoencoders: Sequence[Autoencoder] = ()
     directions: Sequence[Direction] = ()
+    explainer: str | Explainer = "token_statistics"
+    scorers: Sequence[str | BaseScorer] = ()
+    backend: Backend | None = None
+    recipe: dict[str, Any] = field(default_factory=dict)
     _work: dict[str, SourceWork] = field(default_factory=dict, init=False)  # by name of the source
     _sources: dict[Unit, UnitSource] = field(default_factory=dict, init=False)
 
@@ -79,32 +107,71 @@ class Pipeline:
             fingerprint=model_fingerprint(self.model),
         )
         self._dictionaries = {dictionary_of(each): each for each in self.autoencoders}
+        explainer = self.explainer
+        explainer = explainer_named(explainer)() if isinstance(explainer, str) else explainer
+        self._explainer = None if isinstance(explainer, TokenStatistics) else explainer
+        self._scorers = tuple(scorer_named(one)() if isinstance(one, str) else one for one in self.scorers)
+        self._run_folder = RunFolder(self.folder)
+        self._evidence = lru_cache(maxsize=2 * _BLOCK)(self._evidence_of)
+
+    def harvest(self, units: Sequence[Unit]) -> Manifest:
+        """Only harvest what the units need, and return what the folder now holds a run of."""
+        sources = self._check(units)
+        manifest = self._run_folder.check(self._manifest(sources, units))
+        self._harvest(sources)
+        self._run_folder.write_manifest(manifest)
+        return manifest
 
     def run(self, units: Sequence[Unit]) -> RunResult:
-        """Explain the units, write everything, and return the index of the folder.
+        """Explain and score the units, write everything, and return the index of the folder.
 
-        Raises RequestError for units the model does not have, or a folder that cannot be written to. Units
-        of the same run that the folder already holds stay in the index.
+        Raises RequestError for units the model does not have, or a folder that cannot be written to, and
+        BackendError when no further call can be answered (BudgetExceeded, for one): what is done stays, and the
+        same call goes on from there. Units of the same run that the folder already holds stay in the index.
         """
-        self._harvest(self._check(units))
-        summaries = self._finished()
-        missing = [unit for unit in units if unit.name not in summaries]
-        with tqdm(missing, desc="explaining", unit="unit", disable=not self.progress or not missing) as bar:
-            for unit in bar:
-                result = self.explain(unit)
-                self._write(result)
-                summaries[unit.name] = result.summary()
-        ordered = sorted(summaries.values(), key=_order)
-        run = RunResult(model=self.model_facts, run=self._run_facts, units=tuple(ordered))
-        write_text_atomic(self.folder / "run.json", run.model_dump_json() + "\n")
-        if self.pages:
-            from neuron_lens.report.pages import write_index
+        self._require_judge()
+        self._prepare(units)
+        summaries, reasons = self._finished(), dict[str, str]()
+        todo = [unit for unit in units if unit.name not in summaries or self._unscored(summaries[unit.name])]
+        try:
+            with tqdm(todo, desc="units", unit="unit", disable=not self.progress or not todo) as bar:
+                for block in self._blocks(todo):
+                    for result in self._scored(self._explained(block, summaries, reasons)):
+                        summaries[result.unit.name] = result.summary()
+                    bar.update(len(block))
+        except BackendError:
+            self._write_index(summaries, reasons)
+            raise
+        failed = [unit for unit in units if unit.name in reasons]
+        if len(failed) == len(units):
+            raise RequestError(f"no unit could be explained; {failed[0]}: {reasons[failed[0].name]}")
+        return self._write_index(summaries, reasons)
 
-            write_index(run, self.folder)
-        return run
+    def estimate(self, units: Sequence[Unit], price: Price | None = None) -> Estimate:
+        """The calls, tokens and cost `run` would take, without making any. Harvests first, which costs nothing but time.
+
+        Failed calls, repairs and sentences that come out equal change the number.
+        """
+        self._require_judge()
+        self._prepare(units)
+        summaries, rehearsal = self._finished(), Rehearsal()
+        for block in self._blocks(units):
+            judging = replace(self._judging(block), rehearsal=rehearsal, progress=False)
+            done = [self._run_folder.read(unit) if unit.name in summaries else None for unit in block]
+            new = [unit for unit, result in zip(block, done, strict=True) if result is None]
+            known = [result for result in done if result and self._unscored(result.summary())]
+            pairs = [(one.unit, controlled(one)) for one in known]
+            pairs += [
+                (unit, explanation)
+                for unit, explanation in zip(new, self._explanations(new, judging), strict=True)
+                if isinstance(explanation, Explanation)
+            ]
+            judging.score([(self._evidence(unit), explanation) for unit, explanation in pairs])
+        backend = self._judge
+        return estimate(rehearsal.requests, price=price, is_cached=backend.has if backend else None)
 
     def explain(self, unit: Unit) -> UnitResult:
-        """Everything about one unit, without writing it."""
+        """Everything about one unit that needs no judge, without writing it."""
         work = self._work[self._sources[unit].name]
         explained = work.explained(unit.index)
         partner = work.explained(work.partner(unit.index))
@@ -125,74 +192,26 @@ class Pipeline:
             promoted=promoted,
             suppressed=suppressed,
             causal=work.causal(explained, seed),
-        )
-
-    def default_units(self, layer: int | None = None, count: int = 8) -> tuple[Unit, ...]:
-        """Units to show when none are named: spread evenly over a layer's neurons (default: the middle
-        layer)."""
-        config = self.model.config
-        layer = config.n_layers // 2 if layer is None else layer
-        places = np.linspace(0, config.d_mlp - 1, min(count, config.d_mlp)).astype(int)
-        return self.neurons(layer, [int(index) for index in places])
-
-    def neurons(self, layer: int, indices: Sequence[int]) -> tuple[Unit, ...]:
-        """Neurons of a layer."""
-        return tuple(Unit(layer=layer, index=index) for index in indices)
-
-    def heads(self, layer: int, indices: Sequence[int]) -> tuple[Unit, ...]:
-        """Attention heads of a layer."""
-        return tuple(Unit(kind="head", layer=layer, index=index, site="attn.v_out") for index in indices)
-
-    def latents(self, indices: Sequence[int], autoencoder: Autoencoder | None = None) -> tuple[Unit, ...]:
-        """Latents of one of the pipeline's autoencoders (which one must be said when there are several)."""
-        found = [
-            (name, each)
-            for name, each in self._dictionaries.items()
-            if autoencoder is None or each is autoencoder
-        ]
-        if len(found) != 1:
-            raise RequestError(
-                f"say which autoencoder: {len(found)} of the pipeline's {len(self._dictionaries)} fit; give "
-                "them as Pipeline(…, autoencoders=[…])"
-            )
-        name, chosen = found[0]
-        site = chosen.config.site_in
-        if site is None or site.layer is None:
-            raise RequestError(
-                "this autoencoder does not say which site and layer of a model it was made for"
-            )
-        return tuple(
-            Unit(kind="latent", layer=site.layer, index=index, site=site.path, dictionary=name)
-            for index in indices
-        )
-
-    def directed(self) -> tuple[Unit, ...]:
-        """The pipeline's directions as units."""
-        return tuple(
-            Unit(kind="direction", layer=each.layer, index=0, site=each.site, dictionary=each.dictionary)
-            for each in self.directions
+            similar=work.similar(unit.index),
         )
 
     def results(self) -> Iterator[UnitResult]:
         """Every finished unit of this run in the folder, in order of layer and index."""
-        for summary in RunResult.read(self.folder / "run.json").units:
-            yield UnitResult.read(self.folder / summary.path / "result.json")
+        return self._run_folder.results()
 
     def _check(self, units: Sequence[Unit]) -> list[UnitSource]:
         """The sources of the units. Raises RequestError for a unit that does not exist, before any work."""
         if not units:
             raise RequestError("no units to explain: name at least one layer and neuron")
-        groups: dict[_SourceKey, list[Unit]] = {}
+        last = self.model.config.n_layers - 1
         for unit in units:
-            last = self.model.config.n_layers - 1
             if unit.layer > last:
                 raise RequestError(
                     f"layer {unit.layer} does not exist: {self.model_facts.name} has layers 0 to {last}"
                 )
-            groups.setdefault((unit.kind, unit.layer, unit.site, unit.dictionary), []).append(unit)
         sources = []
-        for own in groups.values():
-            source = self._source(own)
+        for own in grouped(units):
+            source = source_of(own, self.model, self._dictionaries, self.directions)
             beyond = [unit.index for unit in own if unit.index >= source.n_units]
             if beyond:
                 raise RequestError(
@@ -203,46 +222,145 @@ class Pipeline:
             sources.append(source)
         return sources
 
-    def _source(self, units: Sequence[Unit]) -> UnitSource:
-        """Where units of one kind, layer, site and dictionary are read."""
-        from neuron_lens.harvest.sources import DirectionSource, HeadSource, LatentSource, NeuronSource
+    def _require_judge(self) -> None:
+        """Refuse before any work what would be refused after it."""
+        asking = [] if self._explainer is None else [f"the explainer {self._explainer.name!r}"]
+        asking += [f"the scorer {scorer.name!r}" for scorer in self._scorers if scorer.needs]
+        if self.backend is None and asking:
+            raise RequestError(f"{asking[0]} asks a judge: give it a backend (see neuron_lens.llm)")
+        names = [scorer.name for scorer in self._scorers]
+        if len(set(names)) < len(names):
+            raise RequestError(f"each scorer is named once; got {', '.join(names)}")
 
-        first = units[0]
-        expected = {"neuron": "mlp.post_act", "head": "attn.v_out"}.get(first.kind, first.site)
-        if first.site != expected:
-            raise RequestError(
-                f"{first.kind}s are explained at {expected}; got a {first.kind} at {first.site}"
-            )
-        source: UnitSource
-        if first.kind == "neuron":
-            source = NeuronSource(self.model, first.layer)
-        elif first.kind == "head":
-            source = HeadSource(self.model, first.layer)
-        elif first.kind == "latent":
-            if first.dictionary not in self._dictionaries:
-                raise RequestError(
-                    f"no autoencoder {first.dictionary!r} is known for {first}; give it as "
-                    "Pipeline(…, autoencoders=[…]) and name latents with pipeline.latents([…])"
+    def _prepare(self, units: Sequence[Unit]) -> None:
+        """Harvest what the units need, and write down what is done here."""
+        sources = self._check(units)
+        manifest = self._run_folder.check(self._manifest(sources, units, self._method, self._scorers))
+        self._harvest(sources)
+        self._run_folder.write_manifest(manifest)
+
+    @cached_property
+    def _judge(self) -> CachedBackend | None:
+        if self.backend is None or isinstance(self.backend, CachedBackend):
+            return self.backend
+        return CachedBackend(self.backend, self._run_folder.requests)
+
+    @property
+    def _method(self) -> Method:
+        """How explanations are made."""
+        return Method.of(self._explainer or TokenStatistics(), self.backend)
+
+    def _manifest(
+        self,
+        sources: Sequence[UnitSource],
+        units: Sequence[Unit],
+        explainer: Method | None = None,
+        scorers: Sequence[BaseScorer] = (),
+    ) -> Manifest:
+        def named(source: UnitSource) -> tuple[int, ...] | None:
+            own = (unit.index for unit in units if self._sources[unit] is source)
+            return tuple(sorted(own)) if source.kind in ("latent", "direction") else None
+
+        return Manifest(
+            method_version=_VERSION,
+            model=self.model_facts,
+            corpus=CorpusFacts(
+                name=self.corpus.name,
+                fingerprint=self.corpus.fingerprint,
+                n_documents=self.corpus.n_documents,
+            ),
+            harvest=self._settings.plain(),
+            sources=tuple(
+                SourceFacts(
+                    kind=source.kind,
+                    layer=source.layer,
+                    site=source.site,
+                    dictionary=source.dictionary,
+                    indices=named(source),
                 )
-            source = LatentSource(
-                self.model,
-                self._dictionaries[first.dictionary],
-                [unit.index for unit in units],
-                dictionary=first.dictionary,
-            )
+                for source in sources
+            ),
+            explainer=explainer,
+            scorers={scorer.name: Method.of(scorer, self.backend) for scorer in scorers},
+            recipe=self.recipe,
+        ).with_prompts()
+
+    def _evidence_of(self, unit: Unit) -> Evidence:
+        return self._work[self._sources[unit].name].evidence(unit.index)
+
+    def _blocks(self, units: Sequence[Unit]) -> Iterator[list[Unit]]:
+        """Units of one source each, so many as a judge is asked about together."""
+        size = 1 if self._explainer is None and not self._scorers else _BLOCK
+        for own in grouped(units):
+            for begin in range(0, len(own), size):
+                yield own[begin : begin + size]
+
+    def _judging(self, block: Sequence[Unit]) -> Judging:
+        work = self._work[self._sources[block[0]].name]
+        seed = self._settings.seed
+        scorers = tuple(
+            work.causal_scorer(scorer, seed) if isinstance(scorer, Causal) else scorer
+            for scorer in self._scorers
+        )
+        return Judging(self._explainer, scorers, self._judge, seed, self.progress)
+
+    def _explanations(self, units: Sequence[Unit], judging: Judging) -> list[Explanation | str]:
+        """The explanation of each unit, or why there is none."""
+        if judging.explainer is None:
+            return [self._offline(unit) for unit in units]
+        pairs: list[tuple[Evidence, Evidence | None]] = []
+        for unit in units:
+            work = self._work[self._sources[unit].name]
+            other = work.source.unit(work.partner(unit.index))
+            self._sources.setdefault(other, work.source)
+            pairs.append((self._evidence(unit), None if other == unit else self._evidence(other)))
+        return judging.explain(pairs)
+
+    def _offline(self, unit: Unit) -> Explanation:
+        """By token statistics, with those of its partner."""
+        work = self._work[self._sources[unit].name]
+        other = work.explained(work.partner(unit.index)).explanation.sentence
+        return work.explained(unit.index).explanation.model_copy(update={"another": other})
+
+    def _explained(
+        self, block: Sequence[Unit], summaries: dict[str, UnitSummary], reasons: dict[str, str]
+    ) -> list[UnitResult]:
+        """The results of a block with an explanation each, written where they are new."""
+        done = {unit: self._run_folder.read(unit) for unit in block if unit.name in summaries}
+        new = [unit for unit in block if unit not in done]
+        results = [result for result in done.values() if result is not None]
+        if self._explainer is None:
+            made: list[Explanation | str | None] = [None] * len(new)
         else:
-            known = {each.dictionary: each for each in self.directions}
-            if first.dictionary not in known:
-                raise RequestError(
-                    f"no direction {first.dictionary!r} is known; give it as Pipeline(…, directions=[…]) and "
-                    "name it with pipeline.directed()"
-                )
-            source = DirectionSource(self.model, known[first.dictionary])
-        if (source.site, source.layer) != (first.site, first.layer):
-            raise RequestError(
-                f"{first} at {first.site}: its {first.kind} source reads {source.site} of layer {source.layer}"
-            )
-        return source
+            made = [*self._explanations(new, self._judging(block))] if new else []
+        for unit, explanation in zip(new, made, strict=True):
+            if isinstance(explanation, str):
+                reasons[unit.name] = explanation
+                continue
+            result = self.explain(unit)
+            if explanation is not None:
+                result = by_judge(result, explanation)
+            self._write(result)
+            summaries[unit.name] = result.summary()
+            results.append(result)
+        return results
+
+    def _unscored(self, summary: UnitSummary) -> bool:
+        """Whether a scorer has nothing said of the unit yet."""
+        judged = {headline.scorer for headline in summary.judged} | set(summary.unscored)
+        return not {scorer.name for scorer in self._scorers} <= judged
+
+    def _scored(self, results: Sequence[UnitResult]) -> list[UnitResult]:
+        """The results with the scores of the judge, written."""
+        if not self._scorers or not results:
+            return list(results)
+        judging = self._judging([results[0].unit])
+        scored = judging.score([(self._evidence(one.unit), controlled(one)) for one in results])
+        changed = []
+        for result, said in zip(results, scored, strict=True):
+            changed.append(with_scores(result, said))
+            self._write(changed[-1])
+        return changed
 
     def _harvest(self, sources: list[UnitSource]) -> None:
         from neuron_lens.harvest.run import harvest
@@ -251,7 +369,7 @@ class Pipeline:
             self.model,
             self.corpus,
             sources,
-            self.folder / "harvest",
+            self._run_folder.harvest,
             self._settings,
             fingerprint=self.model_facts.fingerprint,
             progress=self.progress,
@@ -264,7 +382,8 @@ class Pipeline:
     def _run_facts(self) -> RunFacts:
         facts = next(iter(self._work.values())).harvest.facts
         settings = self._settings.plain()
-        digest = hashlib.blake2b(json.dumps([_VERSION, settings]).encode(), digest_size=8)
+        method = [] if self._explainer is None else [self._method.model_dump()]
+        digest = hashlib.blake2b(json.dumps([_VERSION, settings, *method]).encode(), digest_size=8)
         return RunFacts(
             package_version=neuron_lens.__version__,
             corpus=self.corpus.name,
@@ -281,7 +400,7 @@ class Pipeline:
     def _finished(self) -> dict[str, UnitSummary]:
         """Summaries of the units of this very run that the folder holds, by name."""
         summaries: dict[str, UnitSummary] = {}
-        index = self.folder / "run.json"
+        index = self._run_folder.index
         if index.is_file():
             run = RunResult.read(index)
             if (run.model, run.run) == (self.model_facts, self._run_facts):
@@ -304,8 +423,22 @@ class Pipeline:
             from neuron_lens.report.pages import write_unit_page
 
             write_unit_page(result, self.folder)
-        path = self.folder / result.summary().path / "result.json"
-        write_text_atomic(path, result.model_dump_json() + "\n")
+        write_text_atomic(self._run_folder.result_path(result.unit), result.model_dump_json() + "\n")
+
+    def _write_index(self, summaries: dict[str, UnitSummary], reasons: dict[str, str]) -> RunResult:
+        ordered = tuple(sorted(summaries.values(), key=_order))
+        run = RunResult(
+            model=self.model_facts,
+            run=self._run_facts,
+            units=ordered,
+            unexplained=dict(sorted(reasons.items())),
+        )
+        write_text_atomic(self._run_folder.index, run.model_dump_json() + "\n")
+        if self.pages and run.units:
+            from neuron_lens.report.pages import write_index
+
+            write_index(run, self.folder)
+        return run
 
 
 def _order(summary: UnitSummary) -> tuple[int, str, str, int]:

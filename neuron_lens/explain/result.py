@@ -5,31 +5,43 @@ evidence was there. Everything is deterministic given model, corpus, settings an
 durations.
 
 A run folder holds `run.json` (a `RunResult`) and, for every unit, `units/<unit.name>/result.json`
-(a `UnitResult`).
+(a `UnitResult`); see `run_folder`. Fields that were added later have defaults, so that older files can be read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from pydantic import Field, NonNegativeInt, ValidationError
 
 from neuron_lens.errors import RequestError
+from neuron_lens.explain.scorer_result import Headline, QuantileScore, Score, ScorerControl, ScorerResult
 from neuron_lens.records import QuantileStratum, Record, TokenWindow, Unit, UnitStatistics
+
+if TYPE_CHECKING:
+    import pandas
 
 __all__ = [
     "SCHEMA_VERSION",
     "AblationEffect",
+    "Baseline",
+    "CandidateScore",
     "CausalEffect",
     "Control",
     "Explanation",
+    "Headline",
     "ModelFacts",
     "Predicate",
+    "QuantileScore",
     "RunFacts",
     "RunResult",
     "Score",
     "ScoredWindow",
+    "ScorerControl",
+    "ScorerResult",
+    "SimilarUnit",
     "SplitCounts",
     "Table",
     "TableEntry",
@@ -73,28 +85,34 @@ class Predicate(Record):
     tables: tuple[Table, ...]
 
 
+class CandidateScore(Record):
+    """One of the sentences an explanation was chosen from. `missing` says why there is no sentence; `validation` is
+    its headline figure on validation windows, None where nothing had to be chosen."""
+
+    sentence: str | None
+    missing: str = ""
+    chosen: bool = False
+    validation: Score | None = None
+
+
 class Explanation(Record):
-    """A sentence for people, and the predicate it summarises, which is what is simulated and scored.
+    """A sentence for people, and, of the explainers that give one, the predicate it summarises.
 
     `firing_threshold` is the predicted activation above which the explanation says that the unit fires
-    (chosen on the validation windows).
+    (chosen on the validation windows). `prompt` and `backend` say how a judge was asked and which; `candidates`
+    are the sentences it was chosen from, by `chosen_by`, on validation windows. `another` is what the same explainer
+    says of another unit: the control of scores by a judge.
     """
 
-    explainer: str  # "token_statistics"
+    explainer: str  # "token_statistics", or the name of one that asks a judge
     sentence: str
     predicate: Predicate | None = None
     firing_threshold: float | None = None
-
-
-class Score(Record):
-    """A figure with a bootstrap 95 % interval over windows; `None` where it could not be computed."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-    n: NonNegativeInt  # tokens it rests on
-    n_windows: NonNegativeInt
-    coverage: float = Field(ge=0, le=1)  # share of the planned windows that gave a prediction
+    prompt: str = ""
+    backend: str = ""
+    another: str = ""
+    candidates: tuple[CandidateScore, ...] = ()
+    chosen_by: str = ""
 
 
 class Control(Record):
@@ -110,7 +128,7 @@ class ScoredWindow(Record):
     """A test window with what the explanation predicted at each token (`None`: no prediction)."""
 
     window: TokenWindow
-    simulated: tuple[float, ...] | None
+    simulated: tuple[float | None, ...] | None
     stratum: Stratum
 
 
@@ -145,6 +163,24 @@ class CausalEffect(Record):
     value: float
     where_firing: AblationEffect
     where_silent: AblationEffect
+
+
+class SimilarUnit(Record):
+    """A unit that is active at the same tokens: Pearson's correlation and the Jaccard index of the tokens where each
+    fires, on the uniform sample; the cosine of what they write, where both write one direction."""
+
+    unit: Unit
+    pearson: float
+    jaccard: float
+    cosine: float | None = None
+
+
+class Baseline(Record):
+    """What token statistics say of a unit that was explained in another way: no judge, no network."""
+
+    explanation: Explanation
+    scores: dict[str, Score]
+    controls: tuple[Control, ...]
 
 
 class SplitCounts(Record):
@@ -185,7 +221,9 @@ class UnitResult(Record):
 
     `scores` and every control's `scores` share their names: "correlation" (Pearson, pooled over the tokens of
     the test windows), "correlation_random" (over the random windows only: the unit at its natural density),
-    "detection_accuracy" (balanced, of "does it fire at this token"), "detection_auc".
+    "detection_accuracy" (balanced, of "does it fire at this token"), "detection_auc". They are those of a predicate:
+    empty for an explanation without one, whose scores are in `judged`, one entry a scorer; `unscored` says of a scorer
+    why it does not apply to this unit. `baseline` is there when the explanation is not that of token statistics.
     """
 
     schema_version: Literal[1] = 1
@@ -203,6 +241,10 @@ class UnitResult(Record):
     promoted: tuple[TokenValue, ...]  # next tokens the unit's output weights raise, by logit
     suppressed: tuple[TokenValue, ...]
     causal: CausalEffect | None
+    judged: tuple[ScorerResult, ...] = ()
+    unscored: dict[str, str] = Field(default_factory=dict)
+    baseline: Baseline | None = None
+    similar: tuple[SimilarUnit, ...] = ()
 
     def summary(self) -> UnitSummary:
         """The unit's row in the run's table."""
@@ -214,6 +256,8 @@ class UnitResult(Record):
             density=self.statistics.density,
             maximum=self.statistics.maximum,
             loss_change=None if self.causal is None else self.causal.where_firing.loss_change,
+            judged=tuple(Headline.of(result) for result in self.judged),
+            unscored=tuple(self.unscored),
         )
 
     @classmethod
@@ -232,6 +276,8 @@ class UnitSummary(Record):
     density: float
     maximum: float
     loss_change: Score | None
+    judged: tuple[Headline, ...] = ()
+    unscored: tuple[str, ...] = ()
 
     @property
     def path(self) -> str:
@@ -240,12 +286,41 @@ class UnitSummary(Record):
 
 
 class RunResult(Record):
-    """The index of a run folder: the content of run.json, one row a unit in order of layer and index."""
+    """The index of a run folder: the content of run.json, one row a unit in order of layer and index.
+
+    Iterating gives the rows. `unexplained` says of units that were asked for, by name, why they have no explanation;
+    the same run again tries them again.
+    """
 
     schema_version: Literal[1] = 1
     model: ModelFacts
     run: RunFacts
     units: tuple[UnitSummary, ...]
+    unexplained: dict[str, str] = Field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[UnitSummary]:  # type: ignore[override]  # rows, not fields
+        return iter(self.units)
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """A flat row a unit: what it is, the sentence, and every score with its interval and control."""
+        from neuron_lens.explain.table import rows_of
+
+        return rows_of(self)
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """`to_rows` as a data frame. Raises MissingExtraError without pandas."""
+        from neuron_lens.explain.table import data_frame
+
+        return data_frame(self)
+
+    def save(self, path: Path | str) -> None:
+        """Write the rows as .csv or .jsonl, or the whole as .json. Raises RequestError for another ending."""
+        from neuron_lens.explain.table import save_run
+
+        save_run(self, path)
 
     @classmethod
     def read(cls, path: Path | str) -> Self:

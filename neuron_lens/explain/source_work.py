@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from neuron_lens.explain.evidence import Evidence
 from neuron_lens.explain.features import FeatureSet
-from neuron_lens.explain.result import AblationEffect, CausalEffect, TokenValue
+from neuron_lens.explain.result import AblationEffect, CausalEffect, SimilarUnit, TokenValue
+from neuron_lens.explain.scorers import Causal, Effect
 from neuron_lens.explain.scores import mean_score
 from neuron_lens.explain.unit import ExplainedUnit, UnitWindows, explain_windows
+from neuron_lens.records import Unit
 
 if TYPE_CHECKING:
     from neuron_lens.harvest.ablation import AblatedTokens
@@ -25,6 +28,7 @@ __all__ = ["SourceWork"]
 
 GROUP_UNITS = 32  # units whose windows and features are in memory together
 _LISTED = 10  # promoted and suppressed tokens
+_RANDOM_UNITS = 6  # whose effects a judge must tell from the unit's own
 _ABLATED_WINDOWS = (4, 2)  # test windows the unit is ablated on: from the top, at random
 
 Tokens = tuple[TokenValue, ...]
@@ -135,6 +139,46 @@ class SourceWork:
             for chosen in (order[:_LISTED], order[::-1][:_LISTED])
         )
         return raised, lowered
+
+    @cached_property
+    def _effects(self) -> Callable[[Unit], Sequence[Effect]]:
+        """Of any unit; those of the random units are asked for again and again."""
+        from neuron_lens.harvest.effects import UnitEffects
+
+        return lru_cache(maxsize=64)(UnitEffects(self.source, self.harvest.windows, self.explained))
+
+    def evidence(self, index: int) -> Evidence:
+        """What explainers and scorers that ask a judge see of a unit."""
+        promoted, suppressed = self.output_tokens(index)
+        return Evidence.of(self.explained(index), promoted=promoted, suppressed=suppressed)
+
+    def similar(self, index: int) -> tuple[SimilarUnit, ...]:
+        """The units that are active at the same tokens, most similar first."""
+        nearest = self.harvest.unit(index).nearest
+        if nearest is None:
+            return ()
+        cosines = nearest.cosine if nearest.cosine is not None else [None] * len(nearest.index)
+        return tuple(
+            SimilarUnit(
+                unit=self.source.unit(int(other)),
+                pearson=round(float(pearson), 4),
+                jaccard=round(float(jaccard), 4),
+                cosine=None if cosine is None else round(float(cosine), 4),
+            )
+            for other, pearson, jaccard, cosine in zip(
+                nearest.index, nearest.pearson, nearest.jaccard, cosines, strict=True
+            )
+        )
+
+    def causal_scorer(self, scorer: Causal, seed: int) -> Causal:
+        """The scorer with this source's effects, and other units that fire to compare with, where it has none."""
+        alive = self.harvest.indices[self.harvest.maxima > 0]
+        drawn = np.random.default_rng([seed, 9]).permutation(alive)[:_RANDOM_UNITS]
+        return replace(
+            scorer,
+            effects=scorer.effects or self._effects,
+            random_units=scorer.random_units or tuple(self.source.unit(int(index)) for index in drawn),
+        )
 
     def causal(self, explained: ExplainedUnit, seed: int) -> CausalEffect:
         """The unit replaced on some test windows, where it fires and where it is silent."""
