@@ -23,10 +23,12 @@ from neuron_lens.autoencoders.save import save_autoencoder, save_circuit_tracer,
 from neuron_lens.autoencoders.self_check import SelfCheck, check_autoencoder, explained_variance
 from neuron_lens.autoencoders.sparse import SparseLatents
 from neuron_lens.autoencoders.splice import Splice, reference_errors, splice
+from neuron_lens.autoencoders.splice_cross_layer import CrossLayerSplice, splice_cross_layer
 
 __all__ = [
     "Autoencoder",
     "AutoencoderConfig",
+    "CrossLayerSplice",
     "CrossLayerTranscoder",
     "CrossLayerTranscoderConfig",
     "DecodeState",
@@ -45,4 +47,5 @@ __all__ = [
     "save_circuit_tracer",
     "save_saelens",
     "splice",
+    "splice_cross_layer",
 ]

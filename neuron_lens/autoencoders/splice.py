@@ -27,7 +27,7 @@ from neuron_lens.errors import RequestError, did_you_mean
 from neuron_lens.hooks import AtLayers, AutoencoderHooks, FwdBwdHooks, Handle, Run, TransformerHooks
 from neuron_lens.hooks.autoencoder import GradientPath
 
-__all__ = ["ErrorTerm", "Splice", "reference_errors", "splice"]
+__all__ = ["ErrorTerm", "Splice", "check_error_term", "reference_error", "reference_errors", "splice"]
 
 ErrorTerm = Literal["keep", "drop", "freeze"]
 _CHOICES = ("keep", "drop", "freeze")
@@ -110,14 +110,7 @@ class Splice(AutoencoderHooks):
         read: Site | None = None,
         write: Site | None = None,
     ) -> None:
-        if error not in _CHOICES:
-            raise RequestError(f"error {error!r}: expected one of {', '.join(map(repr, _CHOICES))}")
-        if (error == "freeze") != (reference is not None):
-            raise RequestError(
-                'error="freeze" adds the errors of a reference run: pass reference=reference_errors(…)'
-                if reference is None
-                else f'reference is for error="freeze", not {error!r}'
-            )
+        check_error_term(error, reference)
         super().__init__(
             autoencoder.encode_with_state, autoencoder.decode, error != "drop", gradient=gradient
         )
@@ -200,13 +193,7 @@ class Splice(AutoencoderHooks):
     def _error_term(self, x: Tensor, plain: Tensor, context: dict[str, Any]) -> Tensor:
         if self.reference is None:
             return super()._error_term(x, plain, context)
-        known = self.reference
-        if not isinstance(known, Tensor):
-            layer = context.get("layer")
-            if layer not in known:
-                raise RequestError(f"the reference errors hold layers {sorted(known, key=str)}, not {layer}")
-            known = known[layer]
-        return _at_positions(known.detach().to(x.device, x.dtype), x, context.get("run"))
+        return reference_error(self.reference, x, context)
 
 
 class _Changed(NamedTuple):
@@ -289,6 +276,30 @@ def reference_errors(
     with torch.no_grad():
         model(tokens, hooks=tree, pad=pad)
     return kept
+
+
+def check_error_term(error: str, reference: Any) -> None:
+    """Raise RequestError for a choice of error term there is none of, or that does not go with the reference."""
+    if error not in _CHOICES:
+        raise RequestError(f"error {error!r}: expected one of {', '.join(map(repr, _CHOICES))}")
+    if (error == "freeze") != (reference is not None):
+        raise RequestError(
+            'error="freeze" adds the errors of a reference run: pass reference=reference_errors(…)'
+            if reference is None
+            else f'reference is for error="freeze", not {error!r}'
+        )
+
+
+def reference_error(
+    known: Tensor | Mapping[int | None, Tensor], x: Tensor, context: dict[str, Any]
+) -> Tensor:
+    """The errors of a reference run at the layer of the context, at the columns of x [batch, pos, d_out]."""
+    if not isinstance(known, Tensor):
+        layer = context.get("layer")
+        if layer not in known:
+            raise RequestError(f"the reference errors hold layers {sorted(known, key=str)}, not {layer}")
+        known = known[layer]
+    return _at_positions(known.detach().to(x.device, x.dtype), x, context.get("run"))
 
 
 def _at_positions(known: Tensor, x: Tensor, run: Run | None) -> Tensor:

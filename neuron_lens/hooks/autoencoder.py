@@ -44,7 +44,7 @@ class AutoencoderHooks(HookCollection):
 
     def __init__(
         self,
-        encode: Callable[[Tensor], Any],
+        encode: Callable[..., Any],
         decode: Callable[..., Tensor],
         add_error: bool = False,
         *,
@@ -70,13 +70,17 @@ class AutoencoderHooks(HookCollection):
         latents, state = self._parts(encoded)
         edited = self._changed(self.latents, latents, context)
         reconstruction = self._decoded(latents if edited is None else edited, state, x, context)
+        same = edited is None and not self._changed_elsewhere(encoded, context)
+        plain = reconstruction if same or not self.add_error else self._plain(encoded, x)
+        return self._put_back(x, reconstruction, plain, context)
+
+    def _put_back(self, x: Tensor, reconstruction: Tensor, plain: Tensor, context: dict[str, Any]) -> Tensor:
+        """What takes x's place. plain: the reconstruction without any hook; not looked at without `add_error`."""
         if not self.add_error:
             hooked = self._hooked_reconstruction(reconstruction, context)
             if self.error.has_any():
                 self.error(x - reconstruction, **context)
             return hooked.to(x.dtype)
-        same = edited is None and not self._changed_elsewhere(encoded, context)
-        plain = reconstruction if same else self._plain(encoded, x)
         if self.gradient == "error":
             # x itself is the error's only live part: decode(encode(x)) counts as a constant on both sides
             reconstruction, plain = reconstruction.detach(), plain.detach()
