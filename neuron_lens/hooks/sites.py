@@ -34,10 +34,15 @@ EXPERTS: tuple[Axis, ...] = ("batch", "pos", "expert")
 
 
 class NormalizationHooks(HookCollection):
-    """Inside a norm: x − mean, the divisor, and their quotient before the norm's weight and bias."""
+    """Inside a norm: x − mean, the divisor, and their quotient before the norm's weight and bias.
+
+    per_head: where the heads' inputs are hooked too, run these for each of the copies for queries, keys and values,
+    [batch, pos, head or kv_head, d_model]; without it, hooking both is an error.
+    """
 
     def __init__(self, *, per_layer: bool = True) -> None:
         super().__init__()
+        self.per_head = False
         self.post_mean_subtraction = FwdBwdHooks(STREAM, per_layer=per_layer)
         self.scale = FwdBwdHooks(("batch", "pos", "one"), per_layer=per_layer)
         self.post_scale = FwdBwdHooks(STREAM, per_layer=per_layer)

@@ -98,7 +98,8 @@ class Block(nn.Module):
             read = _normed(self.ln_attn, x, torso.ln_attn, **context)
             read = torso.post_ln_attn(_own(read, torso.post_ln_attn), **context)
             return read, read, read
-        if torso.ln_attn.acts_at(self.layer) or torso.post_ln_attn.acts_at(self.layer):
+        norm_hooked = torso.ln_attn.acts_at(self.layer) and not torso.ln_attn.per_head
+        if norm_hooked or torso.post_ln_attn.acts_at(self.layer):
             raise HookError(
                 f"layer {self.layer}: resid.torso.ln_attn and post_ln_attn cannot be hooked together with attn_in, q_in, k_in or "
                 f"v_in, which give every head a norm of its own; hook one kind or the other"
@@ -114,7 +115,7 @@ class Block(nn.Module):
         else:
             copies = [per_head(x, query_heads), per_head(x, kv_heads), per_head(x, kv_heads)]
         hooked = [site(copy, **context) for site, copy in zip(sites[1:], copies, strict=True)]
-        q_in, k_in, v_in = (self.ln_attn(copy) if self.ln_attn is not None else copy for copy in hooked)
+        q_in, k_in, v_in = (_normed(self.ln_attn, copy, torso.ln_attn, **context) for copy in hooked)
         return q_in, k_in, v_in
 
 

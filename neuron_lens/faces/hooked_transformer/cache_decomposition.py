@@ -199,7 +199,12 @@ class StreamDecomposition(CacheMapping):
                     "this model's norms stand behind its sublayers: nothing normalises what enters them"
                 )
         self.need([name], "applying the norm")
-        scale = Slice(pos_slice).apply(self[name], dim=-2)
+        scale = self[name]
+        if scale.dim() > 2 + self.has_batch_dim:  # recorded for each head, with split inputs
+            if not bool((scale == scale[..., :1, :]).all()):
+                raise RequestError(f"{name} is of inputs edited for each head: no one divisor is the norm's")
+            scale = scale[..., 0, :]
+        scale = Slice(pos_slice).apply(scale, dim=-2)
         return Slice(batch_slice).apply(scale, dim=0) if self.has_batch_dim else scale
 
     def logit_attrs(

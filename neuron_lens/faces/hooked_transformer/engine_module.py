@@ -12,7 +12,7 @@ from neuron_lens.errors import RequestError
 from neuron_lens.faces.hooked_transformer.config import HookedTransformerConfig
 from neuron_lens.faces.hooked_transformer.hook_point import HookPoint
 from neuron_lens.faces.hooked_transformer.names import PointPlace, absent_names, block_places, end_places
-from neuron_lens.faces.hooked_transformer.parts import running_engine
+from neuron_lens.faces.hooked_transformer.parts import running_engine, ungrouped
 from neuron_lens.faces.hooked_transformer.root_module import HookedRootModule
 from neuron_lens.faces.hooked_transformer.state_names import ENGINE, to_classic_state, to_engine_state
 from neuron_lens.faces.hooked_transformer.translate import Slot
@@ -100,10 +100,13 @@ class EngineModule(HookedRootModule):
                     "points before and behind it instead"
                 )
             replaced["unembed"] = now
+        engine = self.engine
+        if self.cfg.ungroup_grouped_query_attention and engine.config.n_kv_heads != engine.config.n_heads:
+            engine = ungrouped(engine)
         cap, config = self.cfg.output_logits_soft_cap, None
-        if (cap if cap > 0 else None) != self.engine.config.logit_softcap:
-            config = self.engine.config.model_copy(update={"logit_softcap": cap if cap > 0 else None})
-        return running_engine(self.engine, replaced, config) if replaced or config else self.engine
+        if (cap if cap > 0 else None) != engine.config.logit_softcap:
+            config = engine.config.model_copy(update={"logit_softcap": cap if cap > 0 else None})
+        return running_engine(engine, replaced, config) if replaced or config else engine
 
     def _hookable_modules(self) -> Iterator[tuple[str, nn.Module]]:
         for name, module in super()._hookable_modules():
@@ -153,12 +156,14 @@ class EngineModule(HookedRootModule):
         self.cfg.use_attn_in = use_attn_in
 
     def set_ungroup_grouped_query_attention(self, ungroup_grouped_query_attention: bool) -> None:
-        """Only False: keys and values keep one entry for each shared head."""
+        """Whether keys and values have an entry for every head, where several heads share them.
+
+        True repeats them before their hooks: `hook_k`, `hook_v` and `hook_v_input` are [batch, pos, head, …], and a hook on
+        one head's entry changes that head only. A key-value cache is of one kind or the other.
+        """
         if ungroup_grouped_query_attention and self.engine.config.n_kv_heads != self.engine.config.n_heads:
-            raise RequestError(
-                "keys and values are shared between heads and cannot be hooked one head at a time; hook "
-                "hook_k_input and hook_v_input, or hook_pattern and hook_z, which have an entry for each head"
-            )
+            ungrouped(self.engine)  # raises now what the first forward would
+        self.cfg.ungroup_grouped_query_attention = ungroup_grouped_query_attention
 
     @property
     def device(self) -> torch.device:

@@ -112,7 +112,7 @@ class ForwardPass(WeightProperties):
         inner: KVCache | None = None
         if cache is not None:
             weight = self.engine.embed.weight
-            inner = cache.engine_cache(self.engine.config, weight.dtype, weight.device)
+            inner = cache.engine_cache(engine.config, weight.dtype, weight.device)
         if start == 0:  # the engine starts with ids; the given stream takes the place of their embedding
             residual = given
 

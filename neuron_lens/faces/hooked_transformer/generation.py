@@ -247,7 +247,7 @@ class _StepByStep(Transformer):
     def of(cls, face: Generating) -> _StepByStep:
         """Around a model; it shares everything."""
         step = object.__new__(cls)
-        step.__dict__.update(face.engine.__dict__, _face=(face,))
+        step.__dict__.update(face._running_engine().__dict__, _face=(face,))
         return step
 
     def forward(self, tokens: Tensor, *, hooks: TransformerHooks | None = None, **options: Any) -> Tensor:

@@ -32,6 +32,7 @@ __all__ = [
     "normalised",
     "running_engine",
     "taken_over",
+    "ungrouped",
 ]
 
 # Of the pass that is running in this thread: what the replaced parts were, ready to be called with their input.
@@ -60,6 +61,57 @@ class _Replacement(nn.Module):
         finally:
             _REPLACED.reset(token)
         return found
+
+
+class _ForEachHead(nn.Module):
+    """A projection to shared heads, repeated for the heads that share them: keys and values without groups."""
+
+    def __init__(self, original: nn.Linear, groups: int, d_head: int) -> None:
+        super().__init__()
+        self.held = (original,)
+        self.groups, self.d_head = groups, d_head
+        self.out_features = original.out_features * groups
+
+    @property
+    def weight(self) -> Tensor:
+        """[head · d_head, d_model]"""
+        return self._repeated(self.held[0].weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[head · d_head]"""
+        bias: Tensor | None = self.held[0].bias
+        return None if bias is None else self._repeated(bias)
+
+    def _repeated(self, x: Tensor) -> Tensor:
+        return x.unflatten(0, (-1, self.d_head)).repeat_interleave(self.groups, 0).flatten(0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, pos, d_model] -> [batch, pos, head · d_head]"""
+        shared: Tensor = self.held[0](x)
+        return shared.unflatten(-1, (-1, self.d_head)).repeat_interleave(self.groups, -2).flatten(-2)
+
+
+def ungrouped(engine: Transformer) -> Transformer:
+    """The engine with keys and values for every head, where several heads share them; it shares every weight.
+
+    Raises RequestError for norms of all shared heads together, which cannot be repeated.
+    """
+    config = engine.config
+    if config.qk_norm in ("full", "per_head"):
+        raise RequestError(f"keys are normalised by {config.qk_norm!r}, which ungrouping would change")
+    clone, groups = _shallow(engine), config.n_heads // config.n_kv_heads
+    clone.config = config.model_copy(update={"n_kv_heads": config.n_heads})
+    clone.blocks = _shallow(engine.blocks)
+    for layer, block in enumerate(engine.blocks):
+        new: Any = _shallow(block)
+        new.config = clone.config
+        new.attn = _shallow(new.attn)
+        new.attn.config = clone.config
+        for name in ("k", "v"):
+            new.attn._modules[name] = _ForEachHead(getattr(new.attn, name), groups, config.d_head)
+        clone.blocks._modules[str(layer)] = new
+    return clone
 
 
 def running_engine(

@@ -46,6 +46,7 @@ def hook_tree(slots: Iterable[Slot], *, forward_only: bool = False) -> Transform
         is_caching(h) for point, _ in hooked if isinstance(point, HookPoint) for h in point.fwd_hooks
     )
     tree = TransformerHooks()
+    tree.resid.torso.ln_attn.per_head = True  # as the original: its ln1 runs for queries, keys and values
     chains_at = {site.path: site for site in tree.sites()}
     forward: dict[str, PointsAtSite] = {}
     backward: dict[str, PointsAtSite] = {}

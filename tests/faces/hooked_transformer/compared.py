@@ -43,6 +43,19 @@ def family_adds_biases(model: Any) -> bool:
     return not model.cfg.use_normalization_before_and_after
 
 
+def switched(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Full caches with each switch that changes what points there are."""
+    grouped = model.cfg.n_key_value_heads is not None
+    found: dict[str, torch.Tensor] = {}
+    for name in ("use_split_qkv_input", "ungroup_grouped_query_attention" if grouped else "use_attn_in"):
+        switch = getattr(model, f"set_{name}")
+        switch(True)
+        _, cache = model.run_with_cache(tokens)
+        found |= {f"{name}/{point}": value for point, value in cache.items()}
+        switch(False)
+    return found
+
+
 def everything(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         logits, cache = model.run_with_cache(tokens)
@@ -72,6 +85,7 @@ def everything(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         model.set_use_attn_result(False)
         model.set_use_split_qkv_input(False)
         model.set_use_hook_mlp_in(False)
+        found |= switched(model, tokens)
         found["generated"] = model.generate(
             # without a tokenizer the original's cached generation gives later tokens wrong positions
             tokens,
