@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from neuron_lens.errors import CheckpointError, RequestError
 from neuron_lens.files.atomic import atomic_path
+from neuron_lens.files.pickles import read_pickle
 
 __all__ = ["read_checkpoint", "write_checkpoint"]
 
@@ -33,21 +33,11 @@ def read_checkpoint(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        known = json.loads(saved["key"])
-        version = saved["version"]
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        KeyError,
-        TypeError,
-        ValueError,
-        pickle.UnpicklingError,
-    ) as error:
-        reason = str(error).split("\n")[0]
+        saved = read_pickle(path)
+        known, version = json.loads(saved["key"]), saved["version"]
+    except (CheckpointError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is not a whole training checkpoint ({reason}); delete it to begin anew"
+            f"{path} is not a whole training checkpoint ({error}); delete it to begin anew"
         ) from None
     if version != _VERSION:
         raise CheckpointError(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neuron_lens.errors import CheckpointError, did_you_mean
+from neuron_lens.files.pickles import read_pickle
 
 if TYPE_CHECKING:
     import torch
@@ -324,29 +324,14 @@ def _check_index(folder: Path, expected: dict[str, Path] | None, found: dict[str
 
 
 def _load_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict, mapped where its format allows it. Pickled code is refused, never run."""
+    """A pickled state dict: names with tensors and nothing else. Raises CheckpointError."""
     import torch
 
-    try:
-        with path.open("rb") as file:
-            zipped = file.read(2) == b"PK"  # files of torch before 1.6 are no archives and cannot be mapped
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
+    loaded = read_pickle(path)
+    others = sorted(name for name, value in loaded.items() if not isinstance(value, torch.Tensor))
+    if others:
         raise CheckpointError(
-            f"{path} is refused: it is a pickle with something other than tensors in it, or it is damaged. "
-            f"Loading it could run code. Convert it to safetensors where you trust it. ({_first_line(error)})"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is truncated or corrupt: {_first_line(error)}") from error
-    if not isinstance(loaded, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in loaded.items()
-    ):
-        raise CheckpointError(
-            f"{path} is no state dict: expected names with tensors, found {type(loaded).__name__} with "
-            "something else in it; save `model.state_dict()` alone"
+            f"{path} is no state dict: expected names with tensors, but {', '.join(others[:4])} is something else; "
+            "save `model.state_dict()` alone"
         )
-    return dict(loaded)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return loaded

@@ -8,7 +8,6 @@ pickled objects, and a truncated file is named.
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import zipfile
 from collections.abc import Collection, Iterable, Mapping
@@ -24,6 +23,7 @@ from torch import Tensor
 from neuron_lens.autoencoders.config import AutoencoderConfig, CrossLayerTranscoderConfig
 from neuron_lens.autoencoders.folding import Weights
 from neuron_lens.errors import CheckpointError
+from neuron_lens.files.pickles import read_pickle
 from neuron_lens.files.safetensors import SafetensorsSource
 
 __all__ = [
@@ -109,7 +109,7 @@ class Checkpoint:
                 source = SafetensorsSource(self.folder, [path])
                 self._tensors[name] = {each: source.get(each) for each in source.names()}
             else:
-                self._tensors[name] = _read_npz(path) if path.suffix == ".npz" else _read_pickle(path)
+                self._tensors[name] = _read_npz(path) if path.suffix == ".npz" else read_pickle(path)
             self.files_read.append(name)
         return self._tensors[name]
 
@@ -123,23 +123,6 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"cannot read {path}: truncated, or it holds more than plain arrays ({error})"
         ) from error
-
-
-def _read_pickle(path: Path) -> dict[str, Any]:
-    """A dict from `torch.save`: tensors, numbers and strings. Code in the pickle is refused, never run."""
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is refused: its pickle holds more than tensors and plain values, or is damaged; loading "
-            "it could run code. Convert it to safetensors where you trust it."
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} is truncated or corrupt: {reason}") from error
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not named tensors")
-    return {str(name): value for name, value in loaded.items()}
 
 
 def check_names(
