@@ -298,3 +298,20 @@ def test_bad_fits_are_refused_by_name(model: Transformer, tokens: Tensor) -> Non
         narrow = TransformerHooks()
         splice(narrow, autoencoder(d_out=12))
         model(tokens, hooks=narrow)
+
+
+# inductor's first compilation imports modules that torch itself marks as deprecated
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["topk", "jumprelu", "topk layer_norm"])
+@pytest.mark.parametrize(("error", "edited"), [("keep", False), ("keep", True), ("drop", False)])
+def test_a_spliced_model_compiles_whole(name: str, error: str, edited: bool, tokens: Tensor) -> None:
+    model, hooks = strong_model(tiny_config()).requires_grad_(False), TransformerHooks()
+    spliced = splice(hooks, autoencoder(name), error=error)
+    if edited:
+        spliced.latents.append_fwd(AtPositions(3).append(AtUnits(7).append(lambda z: z + 2.5)))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    eager = model(tokens, hooks=hooks)
+    torch.testing.assert_close(compiled(tokens, hooks=hooks), eager, atol=1e-4, rtol=1e-4)
+    assert torch.allclose(eager, model(tokens), atol=1e-3) == (error == "keep" and not edited)
