@@ -9,6 +9,7 @@ from neuron_lens.errors import RequestError
 from neuron_lens.hooks import TransformerHooks
 from neuron_lens.interventions import (
     Ablation,
+    Add,
     Circuit,
     Freeze,
     GraphShape,
@@ -21,11 +22,13 @@ from neuron_lens.interventions import (
     attribution_patch,
     capture,
     exact_edge_effects,
+    grad_at,
     path_patch,
     run_circuit,
     score_circuit,
     to_hooks,
 )
+from neuron_lens.interventions.circuits import sender_outputs
 from tests.interventions.models import FAMILIES, prompts, tiny_model
 
 METRIC = LogitDifference(3, 5)
@@ -117,6 +120,28 @@ def test_edge_attribution_orders_edges_as_the_exact_effects_do() -> None:
         assert float(correlation) > 0.6, method
 
 
+def test_integrated_activations_average_gradients_while_a_layer_part_moves() -> None:
+    model, tokens, others = tiny_model(), prompts(seed=1), prompts(seed=2)
+    found = attribute_edges(
+        model, tokens, Ablation("patch", others), METRIC, method="integrated_activations", steps=2
+    )
+    stream, shape = "resid.torso.post_mlp", found.shape
+    senders = [node.name for node in shape.senders]
+    difference = sender_outputs(model, others) - sender_outputs(model, tokens)
+    for site, parts in (
+        ("resid.torso.delta_attn", [f"head 1.{head}" for head in range(4)]),
+        ("resid.torso.delta_mlp", ["mlp 1"]),
+    ):
+        rows = [senders.index(name) for name in parts]
+        whole = difference[rows].sum(0)
+        gradients = []
+        for fraction in (0.25, 0.75):
+            moved = to_hooks(Add(site=site, layers=1, vector=whole * fraction), model)
+            gradients.append(grad_at(model, tokens, METRIC, stream, hooks=moved)[stream, 2])
+        expected = (difference[rows] * torch.stack(gradients).mean(0)).sum((2, 3)).mean(1)
+        torch.testing.assert_close(found.scores[rows, -1], expected, atol=1e-5, rtol=1e-3)
+
+
 def test_attribution_patching_of_nodes_is_exact_to_first_order() -> None:
     model, tokens = tiny_model(), prompts(seed=1)
     here = capture(model, tokens, ["attn.v_out", "mlp.post_act"])
@@ -173,6 +198,8 @@ def test_pruning_keeps_what_it_says() -> None:
     assert set(reached.nodes()) <= set(grown.nodes()) and torch.equal(reached.pruned().kept, reached.kept)
     lonely = scored.with_edges([("head 0.1", "q 1.0"), ("embedding", "logits")]).pruned()
     assert [(edge.sender, edge.receiver) for edge in lonely.edges()] == [("embedding", "logits")]
+    unread = scored.with_edges([("embedding", "v 0.0"), ("embedding", "logits")]).pruned()
+    assert [(edge.sender, edge.receiver) for edge in unread.edges()] == [("embedding", "logits")]
     chain = scored.with_edges([("embedding", "v 0.0"), ("head 0.1", "logits")]).pruned()
     assert len(chain) == 2, "kv head 0 feeds heads 0 and 1"
 
@@ -277,11 +304,12 @@ def test_rows_of_a_padded_batch_are_averaged_and_must_align() -> None:
         with pytest.raises(RequestError, match="padding elsewhere"):
             attribute_edges(model, both, Ablation(kind, both_others), METRIC, pad=pads)
     # rows are drawn from those that align
-    drawn = Ablation("resample", both_others.repeat(4, 1), pad=pads.repeat(4, 1), seed=5)
-    whole = drawn.outputs(model, both, pad=pads)
     patch = Ablation("patch", both_others, pad=pads).outputs(model, both, pad=pads)
-    torch.testing.assert_close(whole[:, 1], patch[:, 1])
-    torch.testing.assert_close(whole[:, 0, 3:], patch[:, 0, 3:])
+    for seed in range(8):
+        drawn = Ablation("resample", both_others.repeat(4, 1), pad=pads.repeat(4, 1), seed=seed)
+        whole = drawn.outputs(model, both, pad=pads)
+        torch.testing.assert_close(whole[:, 1], patch[:, 1])
+        torch.testing.assert_close(whole[:, 0, 3:], patch[:, 0, 3:])
 
 
 def test_resampling_draws_all_rows_alike() -> None:

@@ -53,12 +53,24 @@ KINDS = {
     "neurons": [Units.neurons(0, (3, 17)), Units.neurons(2, (5,))],
     "stream": [Units.latents("stream", AUTOENCODERS["stream"], (1, 7, 12))],
     "topk": [Units.latents("topk", AUTOENCODERS["topk"], range(20))],
+    "both places": [Units.neurons(1, (2, 9)), Units.latents("stream", AUTOENCODERS["stream"], (3, 4))],
     "out": [Units.latents("out", AUTOENCODERS["out"], (0, 19)), Units.neurons(1, (2, 4))],
     "transcoder": [
         Units.latents("transcoder", AUTOENCODERS["transcoder"], (2, 3)),
         Units.latents("stream", AUTOENCODERS["stream"], (0, 4)),
     ],
 }
+
+
+def model_of(family: str) -> Transformer:
+    """A tiny model whose norms have weights of their own."""
+    gemma = {"norm": "rms", "norm_offset": True} if family == "sandwich" else {}
+    model = tiny_model(family, **gemma)
+    generator = torch.Generator().manual_seed(5)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 1 and name.endswith(".weight"):
+            weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.3)
+    return model
 
 
 def shape_of(model: Transformer, kind: str) -> GraphShape:
@@ -70,7 +82,7 @@ def shape_of(model: Transformer, kind: str) -> GraphShape:
 def test_what_senders_write_adds_up_to_the_stream_but_for_what_is_the_same_in_all_runs(
     kind: str, family: str
 ) -> None:
-    model = tiny_model(family)
+    model = model_of(family)
     shape = shape_of(model, kind)
     found = []
     for tokens in (prompts(seed=1), prompts(seed=2)):
@@ -84,7 +96,7 @@ def test_what_senders_write_adds_up_to_the_stream_but_for_what_is_the_same_in_al
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_edges_are_the_model_and_none_the_other_run(kind: str, family: str) -> None:
-    model, tokens, others = tiny_model(family), prompts(seed=1), prompts(seed=2)
+    model, tokens, others = model_of(family), prompts(seed=1), prompts(seed=2)
     every = Circuit(shape_of(model, kind))
     patch, with_them = Ablation("patch", others), {"autoencoders": AUTOENCODERS}
     whole = run_circuit(model, tokens, every, patch, METRIC, **with_them)
@@ -106,7 +118,7 @@ def by_node(shape: GraphShape, name: str) -> tuple[int, list[int]]:
 @pytest.mark.parametrize("family", ["gpt2", "llama", "parallel", "post", "sandwich"])
 def test_cutting_all_edges_of_a_neuron_is_patching_it(family: str) -> None:
     # its activation reaches everything through the stream alone; behind a norm the norm's divisor is held
-    model, tokens, others = tiny_model(family), prompts(seed=1), prompts(seed=2)
+    model, tokens, others = model_of(family), prompts(seed=1), prompts(seed=2)
     shape = GraphShape.of(model.config, [Units.neurons(1, (2, 4))])
     sender, _ = by_node(shape, "neuron 1.4")
     kept = shape.possible.clone()
@@ -134,6 +146,19 @@ def test_cutting_all_edges_into_a_neuron_gives_it_the_other_runs_activation() ->
     cut = run_circuit(model, tokens, Circuit(shape, None, kept), Ablation("patch", others), METRIC)
     source = capture(model, others, "mlp.post_act")
     patch = to_hooks(Patch(site="mlp.post_act", layers=1, units=4, source=source), model)
+    torch.testing.assert_close(cut, METRIC(model(tokens, hooks=patch), tokens), atol=3e-5, rtol=1e-4)
+
+
+def test_cutting_all_edges_into_the_rest_of_an_mlp_leaves_its_neurons() -> None:
+    model, tokens, others = tiny_model("llama"), prompts(seed=1), prompts(seed=2)
+    shape = GraphShape.of(model.config, [Units.neurons(1, (2, 4))])
+    _, ports = by_node(shape, "mlp 1")
+    kept = shape.possible.clone()
+    kept[:, ports] = False
+    cut = run_circuit(model, tokens, Circuit(shape, None, kept), Ablation("patch", others), METRIC)
+    source = capture(model, others, "mlp.post_act")
+    rest = [unit for unit in range(24) if unit not in (2, 4)]
+    patch = to_hooks(Patch(site="mlp.post_act", layers=1, units=rest, source=source), model)
     torch.testing.assert_close(cut, METRIC(model(tokens, hooks=patch), tokens), atol=3e-5, rtol=1e-4)
 
 
