@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from neuron_lens.autoencoders.activations import build_activation
 from neuron_lens.autoencoders.config import CrossLayerTranscoderConfig
+from neuron_lens.autoencoders.self_check import SelfCheck
 from neuron_lens.errors import RequestError
 
 __all__ = ["CrossLayerTranscoder"]
@@ -38,6 +39,7 @@ class CrossLayerTranscoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.self_check: tuple[SelfCheck, ...] | None = None  # of each layer; filled in by the loader
         layers, d_in, d_latent, d_out = config.n_layers, config.d_in, config.d_latent, config.d_out
         with torch.device(device or "cpu"):
             self.W_enc = _zeros(layers, lambda _: (d_in, d_latent))

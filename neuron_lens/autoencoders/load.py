@@ -15,7 +15,7 @@ from neuron_lens.autoencoders.config import AutoencoderConfig, CrossLayerTransco
 from neuron_lens.autoencoders.folding import Weights
 from neuron_lens.autoencoders.formats import FORMATS, Checkpoint, Format, Loaded, LoadOptions
 from neuron_lens.autoencoders.formats.circuit_tracer import LAYER_FILE
-from neuron_lens.autoencoders.self_check import check_autoencoder, refuse_non_finite
+from neuron_lens.autoencoders.self_check import check_autoencoder, check_cross_layer
 from neuron_lens.errors import CheckpointError, RequestError, did_you_mean
 
 __all__ = ["load_autoencoder", "load_autoencoders", "load_cross_layer_transcoder"]
@@ -85,9 +85,22 @@ def load_autoencoders(
 
 
 def load_cross_layer_transcoder(
-    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    activations: Tensor | None = None,
+    target: Tensor | None = None,
+    min_explained_variance: float = 0.0,
 ) -> CrossLayerTranscoder:
-    """Load a cross-layer transcoder (circuit-tracer's or Gemma Scope 2's files). Raises CheckpointError."""
+    """Load a cross-layer transcoder (circuit-tracer's or Gemma Scope 2's files), check it, and record where it came from.
+
+    Args:
+        activations: [layer, ..., d_in] of the sites it reads, with target [layer, ..., d_out], what it should predict:
+            to check that it explains each layer's variance, min_explained_variance of it at least.
+
+    Raises CheckpointError as `load_autoencoder` does.
+    """
     checkpoint = Checkpoint(folder)
     reader = _format_of(checkpoint, "cross_layer")
     loaded = reader.load(checkpoint, LoadOptions())
@@ -95,7 +108,9 @@ def load_cross_layer_transcoder(
     config = loaded.config.model_copy(update={"provenance": _provenance(checkpoint, reader, loaded)})
     transcoder = CrossLayerTranscoder(config, device="meta")
     _fill(transcoder, loaded.weights, dtype or loaded.weights["W_dec.0"].dtype, device, checkpoint)
-    refuse_non_finite(dict(transcoder.state_dict()), str(folder))
+    transcoder.self_check = check_cross_layer(
+        transcoder, activations, target, min_explained_variance=min_explained_variance
+    )
     return transcoder
 
 

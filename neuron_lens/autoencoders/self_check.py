@@ -17,8 +17,9 @@ from neuron_lens.errors import CheckpointError
 
 if TYPE_CHECKING:
     from neuron_lens.autoencoders.autoencoder import Autoencoder
+    from neuron_lens.autoencoders.clt import CrossLayerTranscoder
 
-__all__ = ["SelfCheck", "check_autoencoder", "explained_variance", "refuse_non_finite"]
+__all__ = ["SelfCheck", "check_autoencoder", "check_cross_layer", "explained_variance", "refuse_non_finite"]
 
 
 class SelfCheck(BaseModel):
@@ -67,12 +68,7 @@ def check_autoencoder(
         variance = active = None
         if activations is not None:
             variance, active = _on_activations(autoencoder, activations, target)
-            if not variance >= min_explained_variance:
-                raise CheckpointError(
-                    f"the reconstruction explains {variance:.3f} of the variance of the given activations, "
-                    f"expected at least {min_explained_variance}: they are of another site, model or scale, "
-                    "or the format was read wrongly"
-                )
+            _require(variance, min_explained_variance, "the given activations")
     return SelfCheck(
         decoder_row_norm=_spread(rows),
         encoder_column_norm=_spread(columns),
@@ -81,6 +77,54 @@ def check_autoencoder(
         explained_variance=variance,
         mean_active=active,
     )
+
+
+def check_cross_layer(
+    transcoder: CrossLayerTranscoder,
+    activations: Tensor | None = None,
+    target: Tensor | None = None,
+    *,
+    min_explained_variance: float = 0.0,
+) -> tuple[SelfCheck, ...]:
+    """Check a cross-layer transcoder's weights, and on given activations its predictions; one entry a layer.
+
+    A latent's decoder norm is that of all it writes, to its own layer and later ones together.
+
+    Args:
+        activations: [layer, ..., d_in] of the sites it reads, optional.
+        target: [layer, ..., d_out] that it should predict; goes with activations.
+        min_explained_variance: the least share of a layer's variance that counts as loaded right.
+
+    Raises:
+        CheckpointError: weights that are not finite; decoders of zeros; a layer predicted worse than that.
+    """
+    refuse_non_finite(dict(transcoder.state_dict()), "the cross-layer transcoder")
+    if (activations is None) != (target is None):
+        raise CheckpointError("a transcoder is checked on both: give activations and target, or neither")
+    checks = []
+    with torch.no_grad():
+        predicted = None if activations is None else transcoder(activations.to(transcoder.W_enc[0].device))
+        for layer in range(transcoder.config.n_layers):
+            rows = transcoder.W_dec[layer].float().flatten(1).norm(dim=-1)
+            if not rows.any():
+                raise CheckpointError(f"the decoder of layer {layer} is all zeros: it was not trained")
+            variance = active = None
+            if activations is not None and target is not None and predicted is not None:
+                variance = explained_variance(predicted[layer].cpu(), target[layer].cpu())
+                latents = transcoder.encode(activations[layer].to(predicted.device), layer)
+                active = float((latents != 0).sum(dim=-1).double().mean())
+                _require(variance, min_explained_variance, f"the outputs of layer {layer}")
+            checks.append(
+                SelfCheck(
+                    decoder_row_norm=_spread(rows),
+                    encoder_column_norm=_spread(transcoder.W_enc[layer].float().norm(dim=0)),
+                    zero_decoder_rows=int((rows == 0).sum()),
+                    encoder_decoder_cosine=None,
+                    explained_variance=variance,
+                    mean_active=active,
+                )
+            )
+    return tuple(checks)
 
 
 def explained_variance(reconstruction: Tensor, target: Tensor) -> float:
@@ -100,6 +144,14 @@ def refuse_non_finite(tensors: Mapping[str, Tensor], what: str) -> None:
     if counts:
         listed = ", ".join(f"{name} ({count} of {tensors[name].numel()})" for name, count in counts.items())
         raise CheckpointError(f"{what} has values that are NaN or infinite: {listed}; the file is damaged")
+
+
+def _require(variance: float, least: float, what: str) -> None:
+    if not variance >= least:
+        raise CheckpointError(
+            f"the reconstruction explains {variance:.3f} of the variance of {what}, expected at least {least}: they are "
+            "of another site, model or scale, or the format was read wrongly"
+        )
 
 
 def _on_activations(autoencoder: Autoencoder, x: Tensor, target: Tensor | None) -> tuple[float, float]:

@@ -346,3 +346,17 @@ def test_the_largest_of_a_product_are_found_in_parts(
     whole = x @ W + b
     torch.testing.assert_close(values.sort(-1).values, whole.topk(k).values.sort(-1).values)
     torch.testing.assert_close(values, whole.gather(-1, indices))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"activation": "swish"}, "activation: Input should be 'relu'"),
+        ({"normalisation": "batch_norm"}, "normalisation: Input should be 'none'"),
+        ({"widht": 3}, "widht"),
+        ({"d_in": 0}, "d_in: Input should be greater than 0"),
+    ],
+)
+def test_unknown_architectures_and_normalisations_are_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        AutoencoderConfig(**{"d_in": 4, "d_latent": 8, "activation": "relu", **fields})

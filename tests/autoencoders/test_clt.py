@@ -138,3 +138,22 @@ def test_damage_and_bad_requests_are_named(tmp_path: Path) -> None:
     broken[1]["b_enc"][2] = np.inf
     with pytest.raises(CheckpointError, match=r"b_enc\.1 \(1 of 8\)"):
         load_cross_layer_transcoder(write_gemma(tmp_path / "c", broken, all_targets=True))
+
+
+def test_the_self_check_tells_right_from_wrong(tmp_path: Path) -> None:
+    folder = write_circuit_tracer(tmp_path, weights())
+    x = inputs()
+    target = torch.as_tensor(expected(x, weights(), skip=False))
+    found = load_cross_layer_transcoder(folder, activations=x, target=target, min_explained_variance=0.99)
+    assert found.self_check is not None and len(found.self_check) == L
+    assert all(check.explained_variance == pytest.approx(1) for check in found.self_check)
+    norms = np.linalg.norm(weights()[1]["W_dec"].reshape(S, -1), axis=-1)
+    assert found.self_check[1].decoder_row_norm[2] == pytest.approx(norms.max(), rel=1e-5)
+    with pytest.raises(CheckpointError, match=r"the outputs of layer 0, expected at least 0.5"):
+        load_cross_layer_transcoder(folder, activations=x, target=-target, min_explained_variance=0.5)
+    with pytest.raises(CheckpointError, match="give activations and target"):
+        load_cross_layer_transcoder(folder, activations=x)
+    empty = weights()
+    empty[1]["W_dec"][:] = 0
+    with pytest.raises(CheckpointError, match="decoder of layer 1 is all zeros"):
+        load_cross_layer_transcoder(write_gemma(tmp_path / "zeros", empty, all_targets=False))

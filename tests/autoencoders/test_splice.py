@@ -294,6 +294,10 @@ def test_bad_fits_are_refused_by_name(model: Transformer, tokens: Tensor) -> Non
     splice(absent, autoencoder(), site="mlp.pre_linear")
     with pytest.raises(HookError, match="never fires"):
         model(tokens, hooks=absent)
+    beyond = TransformerHooks()
+    splice(beyond, autoencoder()).latents.append_fwd(AtUnits(N).append(torch.zeros_like))
+    with pytest.raises(HookError, match=f"{N}"):
+        model(tokens, hooks=beyond)
     with pytest.raises(HookError, match="decodes to"):
         narrow = TransformerHooks()
         splice(narrow, autoencoder(d_out=12))
