@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import field_validator
+import torch
+from pydantic import field_validator, model_validator
 from torch import Tensor
 
 from neuron_lens.errors import RequestError
@@ -21,20 +22,37 @@ class EditLatents(Intervention):
 
     autoencoder: name under which `to_hooks(…, autoencoders={name: …})` finds it (anything with `encode` and `decode`).
     latents: which latents; an edit of all of them is asked for as None.
-    operation: "set" to value, "scale" by it, "add" it, or "cap" at it (min of latent and value).
-    value: a number, or one for each of `latents`.
+    operation: "set" to value, "scale" by it, "add" it, "cap" at it (min of latent and value), "clamp" between `low` and
+        `high` (either may be left out), or "ablate" (set to zero).
+    value, low, high: a number, or one for each of `latents`; those the operation does not use are left out.
     """
 
     kind: Literal["edit_latents"] = "edit_latents"
     autoencoder: str
     latents: tuple[int, ...] | None = None
-    operation: Literal["set", "scale", "add", "cap"] = "set"
-    value: TensorData
+    operation: Literal["set", "scale", "add", "cap", "clamp", "ablate"] = "set"
+    value: TensorData | None = None
+    low: TensorData | None = None
+    high: TensorData | None = None
 
     @field_validator("latents", mode="before")
     @classmethod
     def _one_latent(cls, given: Any) -> Any:
         return (given,) if isinstance(given, int) and not isinstance(given, bool) else given
+
+    @model_validator(mode="after")
+    def _uses_what_is_given(self) -> Self:
+        bounds = self.low is not None or self.high is not None
+        if (self.operation not in ("clamp", "ablate")) != (self.value is not None):
+            verb = "needs a value" if self.value is None else "takes no value"
+            raise ValueError(f"operation {self.operation!r} {verb}")
+        if (self.operation == "clamp") != bounds:
+            raise ValueError(
+                "operation 'clamp' needs low, high or both"
+                if not bounds
+                else "low and high are for operation 'clamp'"
+            )
+        return self
 
     def changed(self, x: Tensor, at: At) -> Tensor:
         known = at.autoencoders or {}
@@ -53,6 +71,13 @@ class EditLatents(Intervention):
         return flat.view(x.shape)
 
     def _edit(self, latents: Tensor) -> Tensor:
+        if self.operation == "ablate":
+            return torch.zeros_like(latents)
+        if self.operation == "clamp":
+            if self.low is not None:
+                latents = latents.maximum(as_tensor(self.low, latents))
+            return latents if self.high is None else latents.minimum(as_tensor(self.high, latents))
+        assert self.value is not None, "the validator has seen to it"
         value = as_tensor(self.value, latents)
         if self.operation == "set":
             return value.expand_as(latents)

@@ -269,6 +269,41 @@ def test_an_edit_of_latents_moves_along_their_decoder_rows() -> None:
         at_site(model, tokens, one)
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"operation": "set", "value": 2}, lambda z: torch.full_like(z, 2)),
+        ({"operation": "scale", "value": 3}, lambda z: 3 * z),
+        ({"operation": "cap", "value": 0.5}, lambda z: z.clamp(max=0.5)),
+        ({"operation": "clamp", "low": 0.25, "high": 0.5}, lambda z: z.clamp(0.25, 0.5)),
+        ({"operation": "clamp", "low": 0.25}, lambda z: z.clamp(min=0.25)),
+        ({"operation": "ablate"}, torch.zeros_like),
+    ],
+)
+def test_each_operation_on_latents(fields: dict, expected: object) -> None:
+    model, tokens, dictionary = tiny_model(), prompts(), Dictionary()
+    x = capture(model, tokens, STREAM)[STREAM, 1]
+    edit = EditLatents(site=STREAM, layers=1, autoencoder="d", latents=(4, 7), **fields)
+    change = expected(z := dictionary.encode(x)[..., [4, 7]]) - z
+    assert change.abs().max() > 0
+    moved = x + change @ dictionary.out[[4, 7]] / 100
+    torch.testing.assert_close(at_site(model, tokens, edit, autoencoders={"d": dictionary}), moved)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "'set' needs a value"),
+        ({"operation": "ablate", "value": 1}, "'ablate' takes no value"),
+        ({"operation": "clamp"}, "needs low, high or both"),
+        ({"value": 1, "high": 2}, "for operation 'clamp'"),
+    ],
+)
+def test_operations_on_latents_get_what_they_use(fields: dict, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        EditLatents(site=STREAM, layers=1, autoencoder="d", latents=4, **fields)
+
+
 def test_freezing_everything_leaves_the_direct_effect() -> None:
     # with patterns, norm scales and MLP outputs held, what a head writes reaches the logits linearly; holding the
     # later attention outputs too leaves only the direct path, whose closed form is scale and unembedding
