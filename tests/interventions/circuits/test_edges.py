@@ -181,6 +181,12 @@ def test_faithfulness_and_completeness_have_their_ends() -> None:
         assert nothing.faithfulness == pytest.approx(0) and nothing.completeness == pytest.approx(0)
 
 
+def _shares(circuit: Circuit, node: int, used: torch.Tensor) -> bool:
+    """Whether a receiver that feeds a node feeds a used one too, as keys of grouped heads do."""
+    ports = set(circuit.shape.fed_by[node])
+    return any(bool(used[other]) and ports & set(fed) for other, fed in enumerate(circuit.shape.fed_by))
+
+
 def test_pruning_keeps_what_it_says() -> None:
     model, tokens, others = tiny_model("llama"), prompts(seed=1), prompts(seed=2)
     scored = attribute_edges(model, tokens, Ablation("patch", others), METRIC)
@@ -193,6 +199,9 @@ def test_pruning_keeps_what_it_says() -> None:
     assert torch.equal(scored.above(threshold).kept, best.kept)
     grown = scored.greedy(20)
     assert len(grown) == 20
+    used = grown.kept.any(1)
+    for node, ports in enumerate(scored.shape.fed_by):
+        assert bool(used[node]) or not bool(grown.kept[:, ports].any()) or _shares(scored, node, used)
     reached = grown.pruned()
     # every edge of a greedy circuit leads to the logits: pruning takes only those that nothing feeds
     assert set(reached.nodes()) <= set(grown.nodes()) and torch.equal(reached.pruned().kept, reached.kept)
@@ -200,6 +209,9 @@ def test_pruning_keeps_what_it_says() -> None:
     assert [(edge.sender, edge.receiver) for edge in lonely.edges()] == [("embedding", "logits")]
     unread = scored.with_edges([("embedding", "v 0.0"), ("embedding", "logits")]).pruned()
     assert [(edge.sender, edge.receiver) for edge in unread.edges()] == [("embedding", "logits")]
+    some = scored.among(["embedding", "head 1.2", "logits"])
+    expected = {("embedding", port) for port in ("q 1.2", "k 1.1", "v 1.1", "logits")}
+    assert {(edge.sender, edge.receiver) for edge in some.edges()} == expected | {("head 1.2", "logits")}
     chain = scored.with_edges([("embedding", "v 0.0"), ("head 0.1", "logits")]).pruned()
     assert len(chain) == 2, "kv head 0 feeds heads 0 and 1"
 

@@ -119,17 +119,20 @@ def by_node(shape: GraphShape, name: str) -> tuple[int, list[int]]:
 def test_cutting_all_edges_of_a_neuron_is_patching_it(family: str) -> None:
     # its activation reaches everything through the stream alone; behind a norm the norm's divisor is held
     model, tokens, others = model_of(family), prompts(seed=1), prompts(seed=2)
-    shape = GraphShape.of(model.config, [Units.neurons(1, (2, 4))])
+    latents = Units.latents("stream", AUTOENCODERS["stream"], (3, 4))
+    shape = GraphShape.of(model.config, [Units.neurons(1, (2, 4)), latents])
     sender, _ = by_node(shape, "neuron 1.4")
+    assert all(bool(shape.possible[sender, by_node(shape, node.name)[1]]) for node in latents.nodes())
     kept = shape.possible.clone()
     kept[sender] = False
-    cut = run_circuit(model, tokens, Circuit(shape, None, kept), Ablation("patch", others), METRIC)
+    ablation, options = Ablation("patch", others), {"autoencoders": AUTOENCODERS}
+    cut = run_circuit(model, tokens, Circuit(shape, None, kept), ablation, METRIC, **options)
     if model.config.norm_place == "pre":
         source = capture(model, others, "mlp.post_act")
         patch = to_hooks(Patch(site="mlp.post_act", layers=1, units=4, source=source), model)
     else:
         # its share of what the MLP adds, in either run: it is written where the norm has scaled it
-        runs = [sender_outputs(model, one, shape=shape)[sender] for one in (others, tokens)]
+        runs = [sender_outputs(model, one, shape=shape, **options)[sender] for one in (others, tokens)]
         difference = runs[0] - runs[1]
         patch = TransformerHooks().append_to_path(
             f"{MLP_OUT}.fwd", AtLayers(1).append(lambda x: x + difference)
