@@ -86,6 +86,8 @@ On {e.n_tokens:,} tokens of held-out files:
 | loss recovered, against zeros | {_share(e.loss_recovered_zero)} |
 | latents that never fired there | {e.never_fired} of {e.d_latent} |
 | latents that fire on more than one token in ten | {e.dense} |
+| absorption, mean of {len(e.absorption)} classes of tokens | {_share(e.absorption_rate)} |
+| latents that absorb tokens of these classes | {e.absorbing_latents} |
 
 {END}
 """

@@ -42,6 +42,7 @@ def splice(
     error: ErrorTerm = "keep",
     reference: Tensor | Mapping[int | None, Tensor] | None = None,
     gradient: GradientPath = "both",
+    exclude_tokens: Iterable[int] = (),
     chain: Literal["fwd", "fwd2"] = "fwd",
 ) -> Splice:
     """Put an autoencoder or transcoder into a tree of hooks, behind what is there already.
@@ -56,6 +57,7 @@ def splice(
         reference: with "freeze", the errors as `reference_errors` gives them: [batch or 1, position, d_out],
             or one such tensor for each layer.
         gradient: with "keep", the path of gradients through the splice; see `AutoencoderHooks`.
+        exclude_tokens: token ids at whose positions the site keeps what it holds (and the error is zero).
         chain: of the site, where the splice goes: "fwd2" is behind the site's gradient hooks.
 
     Returns:
@@ -66,7 +68,15 @@ def splice(
     """
     read, write = _sites(hooks, autoencoder, site)
     pairs = _layers(hooks, read, write, layers)
-    spliced = Splice(autoencoder, error=error, reference=reference, gradient=gradient, read=read, write=write)
+    spliced = Splice(
+        autoencoder,
+        error=error,
+        reference=reference,
+        gradient=gradient,
+        read=read,
+        write=write,
+        exclude_tokens=exclude_tokens,
+    )
     targets = [target for _, target in pairs]
     if read.path == write.path and all(source == target for source, target in pairs):
         spliced.handles += _append(hooks, f"{write.path}.{chain}", targets, spliced)
@@ -109,6 +119,7 @@ class Splice(AutoencoderHooks):
         gradient: GradientPath = "both",
         read: Site | None = None,
         write: Site | None = None,
+        exclude_tokens: Iterable[int] = (),
     ) -> None:
         check_error_term(error, reference)
         super().__init__(
@@ -118,7 +129,7 @@ class Splice(AutoencoderHooks):
         for name in ("input", "normalised_reconstruction", "output"):
             self.add_subhooks(name, FwdBwdHooks(("batch", "pos", "d_model")))
         self.autoencoder, self.read_site, self.write_site = autoencoder, read, write
-        self.reference = reference
+        self.reference, self.exclude_tokens = reference, tuple(exclude_tokens)
         self.handles: list[Handle] = []
 
     @property
@@ -153,6 +164,8 @@ class Splice(AutoencoderHooks):
         part = _part(x, self.write_site)
         flat = part.flatten(-2) if self._writes_heads(part) else part
         written = super().write(flat, encoded, **context)
+        if self.exclude_tokens:
+            written = torch.where(self._excluded(flat, context), flat, written)
         if self.output.acts_at(context.get("layer")):
             written = self.output(written.clone() if written is flat else written, **context)
         written = written.reshape(part.shape)
@@ -191,9 +204,17 @@ class Splice(AutoencoderHooks):
         return super()._editable(latents)
 
     def _error_term(self, x: Tensor, plain: Tensor, context: dict[str, Any]) -> Tensor:
-        if self.reference is None:
-            return super()._error_term(x, plain, context)
-        return reference_error(self.reference, x, context)
+        known = self.reference
+        error = x - plain if known is None else reference_error(known, x, context)
+        return error.masked_fill(self._excluded(x, context), 0) if self.exclude_tokens else error
+
+    def _excluded(self, x: Tensor, context: dict[str, Any]) -> Tensor:
+        """Where the tokens are that are left out [batch, pos, 1]."""
+        run = context.get("run")
+        if run is None or run.tokens is None:
+            raise RequestError("exclude_tokens needs token ids, but this pass started from a residual stream")
+        ids = torch.tensor(self.exclude_tokens, device=x.device)
+        return torch.isin(run.tokens.to(x.device), ids)[:, :, None]
 
 
 class _Changed(NamedTuple):

@@ -51,6 +51,7 @@ class _Attached:
     prefix: str  # what the names of its points begin with
     use_error_term: bool
     gradient: GradientPath
+    exclude_tokens: tuple[int, ...] = ()  # where the site keeps what it holds
     points: dict[str, HookPoint] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -69,6 +70,7 @@ class _Attached:
             gradient=self.gradient if self.use_error_term else "both",
             # behind the gradient hooks of the site's own point, which so see the gradient of what the point shows
             chain="fwd2",
+            exclude_tokens=self.exclude_tokens,
         )
         for name, point in self.points.items():
             path, at_read, _ = _POINTS[name]
@@ -83,6 +85,10 @@ class _Attached:
                 hooks.points[where.layer] = (point, tuple(handles))
                 flat = name in _WITH_HEADS and self._writes_heads
                 chain.append(_WithHeads(hooks, d_head) if flat else hooks)
+
+    def settings(self) -> dict[str, Any]:
+        """What `add_sae` was told."""
+        return {name: self.__dict__[name] for name in ("use_error_term", "gradient", "exclude_tokens")}
 
     @property
     def _writes_heads(self) -> bool:
@@ -122,6 +128,7 @@ class WithAutoencoders(Generating):
         self,
         sae: Autoencoder,
         use_error_term: bool | None = None,
+        exclude_special_tokens: bool | Sequence[int] = False,
         *,
         gradient: GradientPath = "reconstruction",
     ) -> None:
@@ -130,6 +137,8 @@ class WithAutoencoders(Generating):
         Args:
             sae: what `load_autoencoder` gives, or a trained one; its config says the site.
             use_error_term: add what the unedited autoencoder misses, so that without edits nothing changes.
+            exclude_special_tokens: leave out the positions of the tokenizer's BOS, EOS and PAD tokens, or of the given
+                ids: there the site keeps what it holds.
             gradient: with the error term, the path gradients take through the site: "reconstruction" treats the
                 error as a constant, as SAELens does; "both" is exact. See `AutoencoderHooks`.
 
@@ -142,16 +151,18 @@ class WithAutoencoders(Generating):
                 f"add_sae takes a neuron_lens Autoencoder, not a {type(sae).__name__}; "
                 "load_autoencoder(folder) reads what SAELens' save_model writes"
             )
+        excluded = self._excluded_ids(exclude_special_tokens)
         known = next((each for each in self._attached.values() if each.sae is sae), None)
         if known is not None:
             known.use_error_term, known.gradient = bool(use_error_term), gradient
+            known.exclude_tokens = excluded
             return
         _check_fit(sae, self.engine.config)
         config = sae.config
         assert config.site_in is not None and config.site_out is not None, "the check has seen to it"
         name = _free(self._point_name(config.site_in), self._attached)
         prefix = _free(self._point_name(config.site_out), [each.prefix for each in self._attached.values()])
-        attached = _Attached(sae, prefix, bool(use_error_term), gradient)
+        attached = _Attached(sae, prefix, bool(use_error_term), gradient, excluded)
         attached.splice_into(TransformerHooks(), self.cfg.d_head)  # raises now, not in the first forward
         self._attached[name] = attached
         self.setup()
@@ -181,21 +192,22 @@ class WithAutoencoders(Generating):
         saes: Autoencoder | Sequence[Autoencoder] = (),
         reset_saes_end: bool = True,
         use_error_term: bool | None = None,
+        exclude_special_tokens: bool | Sequence[int] = False,
     ) -> Iterator[Self]:
         """Autoencoders that are there inside the `with` block, beside those attached before.
 
         reset_saes_end: afterwards, exactly those from before are attached, as they were.
         """
-        before = [(name, each, each.use_error_term, each.gradient) for name, each in self._attached.items()]
+        before = [(name, each, each.settings()) for name, each in self._attached.items()]
         try:
             for sae in [saes] if isinstance(saes, Autoencoder) else saes:
-                self.add_sae(sae, use_error_term)
+                self.add_sae(sae, use_error_term, exclude_special_tokens)
             yield self
         finally:
             if reset_saes_end:
                 self._attached.clear()
-                for name, each, use_error_term, gradient in before:
-                    each.use_error_term, each.gradient = bool(use_error_term), gradient
+                for name, each, settings in before:
+                    each.__dict__.update(settings)
                     self._attached[name] = each
                 self.setup()
 
@@ -205,10 +217,11 @@ class WithAutoencoders(Generating):
         saes: Autoencoder | Sequence[Autoencoder] = (),
         reset_saes_end: bool = True,
         use_error_term: bool | None = None,
+        exclude_special_tokens: bool | Sequence[int] = False,
         **model_kwargs: Any,
     ) -> Any:
-        """One forward with autoencoders attached; the rest as in `forward`."""
-        with self.saes(saes, reset_saes_end, use_error_term):
+        """One forward with autoencoders attached (see `saes`); the rest as in `forward`."""
+        with self.saes(saes, reset_saes_end, use_error_term, exclude_special_tokens):
             return self(*model_args, **model_kwargs)
 
     def run_with_cache_with_saes(
@@ -217,10 +230,11 @@ class WithAutoencoders(Generating):
         saes: Autoencoder | Sequence[Autoencoder] = (),
         reset_saes_end: bool = True,
         use_error_term: bool | None = None,
+        exclude_special_tokens: bool | Sequence[int] = False,
         **kwargs: Any,
     ) -> Any:
         """One forward with autoencoders attached, and its cache; the rest as in `run_with_cache`."""
-        with self.saes(saes, reset_saes_end, use_error_term):
+        with self.saes(saes, reset_saes_end, use_error_term, exclude_special_tokens):
             return self.run_with_cache(*model_args, **kwargs)
 
     def run_with_hooks_with_saes(
@@ -229,10 +243,11 @@ class WithAutoencoders(Generating):
         saes: Autoencoder | Sequence[Autoencoder] = (),
         reset_saes_end: bool = True,
         use_error_term: bool | None = None,
+        exclude_special_tokens: bool | Sequence[int] = False,
         **kwargs: Any,
     ) -> Any:
         """One forward with autoencoders and hooks, those on the autoencoders' points too; the rest as in `run_with_hooks`."""
-        with self.saes(saes, reset_saes_end, use_error_term):
+        with self.saes(saes, reset_saes_end, use_error_term, exclude_special_tokens):
             return self.run_with_hooks(*model_args, **kwargs)
 
     def _hookable_modules(self) -> Iterator[tuple[str, nn.Module]]:
@@ -250,6 +265,16 @@ class WithAutoencoders(Generating):
         for attached in self._attached.values():
             attached.splice_into(tree, self.cfg.d_head, forward_only=forward_only, caching=caching)
         return tree
+
+    def _excluded_ids(self, exclude: bool | Sequence[int]) -> tuple[int, ...]:
+        if not isinstance(exclude, bool):
+            return tuple(int(token) for token in exclude)
+        if not exclude:
+            return ()
+        tokenizer = self._need_tokenizer()
+        return tuple(
+            each for each in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) if each is not None
+        )
 
     def _point_name(self, site: Site) -> str:
         """The name of a site's hook point; where it has none, the name it is published under, or its path."""

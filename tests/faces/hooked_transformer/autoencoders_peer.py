@@ -39,6 +39,10 @@ def everything(model: Any, sae: Any, at: str, use_error_term: bool) -> dict[str,
             with model.saes(sae, use_error_term=use_error_term):
                 hooks = [(f"{at}.{point}", edit)]
                 found[f"edit/{point}"] = model.run_with_hooks(tokens, fwd_hooks=hooks)
+        excluding = {"use_error_term": use_error_term, "exclude_special_tokens": [3, 5, 9]}
+        logits, cache = model.run_with_cache_with_saes(tokens, saes=sae, **excluding)
+        found["excluding/logits"] = logits
+        found |= {f"excluding/{name}": cache[name] for name in cache if "hook_sae" in name}
         found["again"] = model(tokens)
     kept: dict[str, torch.Tensor] = {}
 

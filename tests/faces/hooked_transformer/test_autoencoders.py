@@ -220,6 +220,26 @@ def test_one_dtype_inside_and_the_models_outside(tokens: Tensor) -> None:
     assert torch.equal(lens(tokens), logits), "bit-equal where the error is added in float32"
 
 
+@pytest.mark.parametrize("error", [False, True])
+def test_left_out_tokens_keep_what_the_site_holds(
+    error: bool, lens: HookedTransformer, tokens: Tensor
+) -> None:
+    sae, out = autoencoder(), tokens[0, 3].item()
+    here = tokens == out
+    options = {"saes": sae, "use_error_term": error, "exclude_special_tokens": [out], "stop_at_layer": 2}
+    stream, cache = lens.run_with_cache_with_saes(tokens, **options)
+    plain = lens(tokens, stop_at_layer=2)
+    torch.testing.assert_close(stream, torch.where(here[:, :, None], plain, plain if error else sae(plain)))
+    if error:
+        seen = cache[f"{AT}.hook_sae_error"]
+        assert seen[here].abs().max() == 0 and (seen[~here].abs().amax(-1) > 0).all()
+    assert torch.equal(lens.run_with_saes(tokens, **options)[here], plain[here])
+    with pytest.raises(RequestError, match="tokenizer"):
+        lens.add_sae(sae, exclude_special_tokens=True)
+    with pytest.raises(RequestError, match="started from a residual stream"):
+        lens.run_with_saes(torch.zeros(1, 3, D), start_at_layer=1, saes=sae, exclude_special_tokens=[out])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
