@@ -21,7 +21,7 @@ def cases(tiny: bool) -> list[Case]:
     """All neurons of all layers, in rows of 256 tokens of which 64 are context, far into a corpus."""
     if tiny:
         return [Case("tiny", {"model": TINY, "rows": 4, "batches": 3, "length": 16, "before": 3})]
-    sizes = {"model": SMALL, "rows": 16, "batches": 2, "length": 64, "before": 60}
+    sizes = {"model": SMALL, "rows": 16, "batches": 2, "length": 64, "before": 40}
     return [Case("GPT-2 small, 12 x 3072 neurons, 2 x 16 rows of 256", sizes)]
 
 
@@ -101,26 +101,24 @@ def _cutter(ids: Any, number: int, settings: Any) -> Any:
 
 
 def _read_before(case: Case, model: Any, ids: Any, keepers: list[Any]) -> None:
-    """Fill the keepers as a long pass has: with activations drawn like those of one batch, unit by unit."""
+    """Fill the keepers as a long pass has: with the activations of one batch, made stronger or weaker at random in
+    every row and unit, so that no two windows are alike."""
     import torch
 
     from neuron_lens.harvest.sources import Caught
     from neuron_lens.hooks import TransformerHooks
 
     hooks = TransformerHooks()
-    recording = hooks.record("mlp.pre_act")
+    recording = hooks.record("mlp.post_act")
     settings = _settings(case)
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
         model(ids, hooks=hooks, stop_at_layer=len(keepers))
         for layer, kept in enumerate(keepers):
-            held = recording["mlp.pre_act", layer]
-            mean, deviation = held.mean((0, 1)), held.std((0, 1))
+            held = recording["mlp.post_act", layer]
             for number in range(case.sizes["before"]):
-                drawn = mean + deviation * torch.randn(held.shape, generator=generator)
-                activations = torch.nn.functional.gelu(drawn, approximate="tanh")
-                cutter = _cutter(ids, number, settings)
-                kept.update(Caught(activations), cutter)
+                strength = torch.randn(len(held), 1, held.shape[-1], generator=generator).mul_(0.1).exp_()
+                kept.update(Caught(held * strength), _cutter(ids, number, settings))
 
 
 def _forward(case: Case, folder: Path) -> Callable[[], Any]:
