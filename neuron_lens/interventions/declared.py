@@ -42,7 +42,7 @@ def axis_size(config: TransformerConfig, axis: Axis) -> int | None:
         "d_head": config.d_head,
         "d_model": config.d_model,
         "d_mlp": config.d_mlp,
-        "d_vocab": config.d_vocab,
+        "d_vocab": config.d_vocab_out,
         "expert": config.experts.n_experts if config.experts else 0,
         "one": 1,
     }

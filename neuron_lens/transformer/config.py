@@ -13,7 +13,7 @@ from neuron_lens.errors import ConfigError
 
 __all__ = ["ExpertsConfig", "RotaryConfig", "RotaryScaling", "TransformerConfig"]
 
-Activation = Literal["gelu", "gelu_tanh", "gelu_quick", "relu", "relu_squared", "silu"]
+Activation = Literal["gelu", "gelu_tanh", "gelu_quick", "relu", "relu_squared", "silu", "solu"]
 
 
 class _Frozen(BaseModel):
@@ -113,7 +113,8 @@ class TransformerConfig(_Frozen):
 
     MLP. mlp: "plain", "gated", "experts" or "none" (attention-only models). activation. mlp_bias. experts: needed for "experts".
 
-    Ends. tied: the unembedding is the embedding. unembed_bias. embedding_scale, logit_scale: multipliers.
+    Ends. d_vocab_out: logits of each position (None: d_vocab); other than d_vocab for models that classify. tied: the
+    unembedding is the embedding. unembed_bias. embedding_scale, logit_scale: multipliers.
     logit_softcap: cap · tanh(logits / cap).
     """
 
@@ -125,6 +126,7 @@ class TransformerConfig(_Frozen):
     d_head: int = Field(default=None, gt=0)  # type: ignore[assignment]
     d_mlp: int = Field(default=0, ge=0)
     d_vocab: int = Field(gt=0)
+    d_vocab_out: int = Field(default=None, gt=0)  # type: ignore[assignment]
     n_ctx: int = Field(gt=0)
 
     norm: Literal["layer", "rms", "none"] = "layer"
@@ -171,6 +173,8 @@ class TransformerConfig(_Frozen):
         filled = dict(given)
         if filled.get("n_kv_heads") is None and "n_heads" in filled:
             filled["n_kv_heads"] = filled["n_heads"]
+        if filled.get("d_vocab_out") is None and "d_vocab" in filled:
+            filled["d_vocab_out"] = filled["d_vocab"]
         if filled.get("d_head") is None and isinstance(filled.get("n_heads"), int) and filled["n_heads"] > 0:
             filled["d_head"] = filled.get("d_model", 0) // filled["n_heads"]
         return filled
@@ -196,6 +200,10 @@ class TransformerConfig(_Frozen):
             )
         if self.windows and len(self.windows) != self.n_layers:
             problems.append(f"windows has {len(self.windows)} entries for {self.n_layers} layers")
+        if self.tied and self.d_vocab_out != self.d_vocab:
+            problems.append(
+                f"tied embeddings have one vocabulary, not {self.d_vocab} in and {self.d_vocab_out} out"
+            )
         if self.shared_norm and not self.parallel:
             problems.append("shared_norm needs parallel: a sequential block has two norms")
         if self.parallel and self.norm_place != "pre":

@@ -27,6 +27,11 @@ def relu_squared(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+def solu(x: Tensor) -> Tensor:
+    """x · softmax(x) over neurons (Elhage et al. 2022, "Softmax Linear Units")."""
+    return x * x.softmax(-1)
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": gelu_tanh,
@@ -34,6 +39,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu_squared": relu_squared,
     "silu": F.silu,
+    "solu": solu,
 }
 
 

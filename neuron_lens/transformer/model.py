@@ -49,7 +49,7 @@ class Transformer(nn.Module):
         self.embed_norm = Norm(config, config.d_model) if config.embedding_norm else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.ln_f = Norm(config, config.d_model) if config.final_norm and config.norm != "none" else None
-        self.unembed = nn.Linear(config.d_model, config.d_vocab, bias=config.unembed_bias)
+        self.unembed = nn.Linear(config.d_model, config.d_vocab_out, bias=config.unembed_bias)
         if config.tied:
             self.unembed.weight = self.embed.weight
         if seed is not None:
@@ -217,7 +217,7 @@ class Transformer(nn.Module):
         if not torch.compiler.is_compiling():
             _check_values(tokens, pad, cache, config)
             if logits_of is not None:
-                _check_vocabulary(logits_of, config, "logits_of")
+                _check_vocabulary(logits_of, config.d_vocab_out, "logits_of")
         return end
 
     def _checked_hooks(self, hooks: TransformerHooks) -> TransformerHooks:
@@ -270,11 +270,11 @@ def _columns_named(logits_at: int | Tensor | slice, run: Run, device: torch.devi
     return columns.long()
 
 
-def _check_vocabulary(ids: Tensor, config: TransformerConfig, what: str) -> None:
+def _check_vocabulary(ids: Tensor, size: int, what: str) -> None:
     low, high = torch.aminmax(ids)
-    if int(low) < 0 or int(high) >= config.d_vocab:
+    if int(low) < 0 or int(high) >= size:
         wrong = int(low) if int(low) < 0 else int(high)
-        raise RequestError(f"{what} {wrong} is outside the vocabulary of {config.d_vocab}")
+        raise RequestError(f"{what} {wrong} is outside the vocabulary of {size}")
 
 
 def _check_values(
@@ -282,7 +282,7 @@ def _check_values(
 ) -> None:
     """Refuse ids outside the vocabulary, rows of nothing but padding, and sequences longer than the context."""
     if tokens.dim() == 2:
-        _check_vocabulary(tokens, config, "token id")
+        _check_vocabulary(tokens, config.d_vocab, "token id")
     longest = tokens.shape[1]
     if pad is not None:
         real = (~pad).sum(-1)

@@ -170,6 +170,10 @@ class _Request:
 
     def _check_context(self, prefix: KVCache | None) -> None:
         config = self.model.config
+        if config.d_vocab_out != config.d_vocab:
+            raise RequestError(
+                f"the model reads {config.d_vocab} tokens and has {config.d_vocab_out} logits: what it gives cannot be read on"
+            )
         longest = max(len(row.prompt_ids) for row in self.rows)
         before = 0 if prefix is None else int(torch.as_tensor(prefix.starts).max())
         behind = f" behind a prefix of {before}" if before else ""

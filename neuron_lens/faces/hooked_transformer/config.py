@@ -27,9 +27,10 @@ _ACTIVATIONS |= {
     "gelu_quick": "gelu_quick",
     "relu2": "relu_squared",
     "swish": "silu",
+    "solu": "solu",
 }
 _CLASSIC_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu"}
-_CLASSIC_ACTIVATIONS |= {"gelu_quick": "gelu_quick", "relu_squared": "relu2"}
+_CLASSIC_ACTIVATIONS |= {"gelu_quick": "gelu_quick", "relu_squared": "relu2", "solu": "solu"}
 
 
 @dataclass
@@ -193,6 +194,7 @@ def engine_config(cfg: HookedTransformerConfig) -> TransformerConfig:
         d_head=cfg.d_head,
         d_mlp=0 if cfg.attn_only else cfg.d_mlp,
         d_vocab=cfg.d_vocab,
+        d_vocab_out=cfg.d_vocab_out,
         n_ctx=cfg.n_ctx,
         norm=norm,
         norm_place="sandwich" if cfg.use_normalization_before_and_after else "pre",
@@ -230,6 +232,7 @@ def classic_config(
         "n_key_value_heads": None if config.n_kv_heads == config.n_heads else config.n_kv_heads,
         "d_mlp": config.d_mlp or None,
         "d_vocab": config.d_vocab,
+        "d_vocab_out": config.d_vocab_out,
         "act_fn": None if config.mlp == "none" else _CLASSIC_ACTIVATIONS[config.activation],
         "attn_only": config.mlp == "none",
         "gated_mlp": config.mlp == "gated",
@@ -286,7 +289,6 @@ def _unsupported(cfg: HookedTransformerConfig) -> list[tuple[bool, str]]:
             f"positional_embedding_type {cfg.positional_embedding_type!r} (there are {positions})",
         ),
         (cfg.attention_dir != "causal", f"attention_dir {cfg.attention_dir!r} (only 'causal')"),
-        (cfg.d_vocab_out != cfg.d_vocab, f"d_vocab_out {cfg.d_vocab_out} other than d_vocab {cfg.d_vocab}"),
         (
             not cfg.attn_only and cfg.act_fn not in _ACTIVATIONS,
             f"act_fn {cfg.act_fn!r} (there are {', '.join(_ACTIVATIONS)})",

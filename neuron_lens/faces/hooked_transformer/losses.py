@@ -22,6 +22,11 @@ def lm_cross_entropy_loss(
     """
     if tokens.shape != logits.shape[:2]:
         raise RequestError(f"logits {list(logits.shape)} do not belong to tokens {list(tokens.shape)}")
+    if tokens.numel() and int(tokens.max()) >= logits.shape[-1]:
+        raise RequestError(
+            f"the token {int(tokens.max())} has no logit among {logits.shape[-1]}: the next-token loss is for models whose "
+            "logits are of the tokens they read"
+        )
     if tokens.shape[1] < 2:
         raise RequestError("the loss needs at least two tokens: the first predicts the second")
     log_probs = logits.log_softmax(-1)

@@ -122,7 +122,7 @@ class Unembed(View):
     @property
     def b_U(self) -> Tensor:
         """[d_vocab]"""
-        return self._bias("unembed", self._config.d_vocab)
+        return self._bias("unembed", self._config.d_vocab_out)
 
     def forward(self, x: Tensor) -> Tensor:
         """The normalised stream -> logits before any soft cap, [..., d_vocab]"""

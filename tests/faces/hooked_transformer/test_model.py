@@ -353,3 +353,31 @@ def test_refusals(lens: HookedTransformer, tokens: Tensor) -> None:
                 "attention_dir": "both",
             }
         )
+
+
+def test_a_classifier_has_logits_of_its_own(tokens: Tensor) -> None:
+    fields = {
+        "n_layers": 2,
+        "d_model": 16,
+        "n_ctx": 12,
+        "d_head": 4,
+        "d_vocab": 50,
+        "d_vocab_out": 3,
+        "seed": 0,
+    }
+    lens = HookedTransformer({**fields, "act_fn": "solu"})
+    logits, cache = lens.run_with_cache(tokens)
+    assert logits.shape == (2, 10, 3) and lens.W_U.shape == (16, 3) and lens.b_U.shape == (3,)
+    assert lens.cfg.d_vocab_out == 3 and cache["unembed.hook_out"].shape == (2, 10, 3)
+    pre, post = cache["pre", 1], cache["post", 1]
+    assert torch.allclose(post, pre * pre.softmax(-1), atol=1e-6), "SoLU"
+    again = HookedTransformer({**fields, "act_fn": "solu", "init_weights": False})
+    again.load_state_dict(lens.state_dict())
+    assert torch.allclose(again(tokens), logits, atol=1e-6)
+    with pytest.raises(RequestError, match="has no logit among 3"):
+        lens(tokens, return_type="loss")
+    with pytest.raises(RequestError, match="3 logits"):
+        lens.generate(tokens, max_new_tokens=1)
+    for act_fn in ("solu_ln", "gelu_ln", "xielu"):
+        with pytest.raises(ConfigError, match=act_fn):
+            HookedTransformer({**fields, "act_fn": act_fn})
