@@ -176,6 +176,10 @@ class EngineModule(HookedRootModule):
         self.cfg.device, self.cfg.dtype = str(self.device), self.engine.embed.weight.dtype
         return moved
 
+    def move_model_modules_to_device(self) -> None:
+        """Move to `cfg.device`."""
+        self.to(self.cfg.device)
+
     def cuda(self, device: int | torch.device | None = None) -> Self:
         """Move to a CUDA device."""
         return self.to(

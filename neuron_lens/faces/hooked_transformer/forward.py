@@ -190,6 +190,22 @@ class ForwardPass(WeightProperties):
             raise RequestError(f"start_at_layer takes a residual stream [batch, pos, {width}]; got {shown}")
         return input, None if attention_mask is None else self._pad_from(attention_mask, input, None)
 
+    def input_to_embed(
+        self,
+        input: str | Sequence[str] | Tensor,
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide = None,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, None, Tensor | None]:
+        """The first half of a forward: (stream entering block 0 [batch, pos, d_model], ids [batch, pos], None, mask).
+
+        mask: 1 where a token, 0 where padding [batch, pos]; None when nothing is padding. The rest of the forward is
+        `model(stream, start_at_layer=0, tokens=ids, attention_mask=mask)`.
+        """
+        ids, pad = self._ids_and_padding(input, prepend_bos, padding_side, attention_mask, None)
+        stream = self._engine_pass(ids, self._hook_tree(), pad, None, None, 0)
+        return stream, ids, None, None if pad is None else (~pad).long()
+
     def loss_fn(
         self, logits: Tensor, tokens: Tensor, attention_mask: Tensor | None = None, per_token: bool = False
     ) -> Tensor:

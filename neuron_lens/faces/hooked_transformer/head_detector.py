@@ -12,7 +12,16 @@ from neuron_lens.errors import RequestError
 from neuron_lens.faces.hooked_transformer.activation_cache import ActivationCache
 from neuron_lens.faces.hooked_transformer.model import HookedTransformer
 
-__all__ = ["HEAD_NAMES", "compute_head_attention_similarity_score", "detect_head", "detection_pattern_of"]
+__all__ = [
+    "HEAD_NAMES",
+    "compute_head_attention_similarity_score",
+    "detect_head",
+    "detection_pattern_of",
+    "get_duplicate_token_head_detection_pattern",
+    "get_induction_head_detection_pattern",
+    "get_previous_token_head_detection_pattern",
+    "get_supported_heads",
+]
 
 HEAD_NAMES = ("previous_token_head", "duplicate_token_head", "induction_head")
 Measure = Literal["mul", "abs"]
@@ -101,6 +110,26 @@ def detection_pattern_of(name: str, tokens: Tensor) -> Tensor:
     shifted = torch.zeros_like(same)
     shifted[:, 1:] = same[:, :-1]
     return shifted.tril()
+
+
+def get_previous_token_head_detection_pattern(tokens: Tensor) -> Tensor:
+    """The pattern of "previous_token_head" for ids [pos] or [1, pos]. [pos, pos]"""
+    return detection_pattern_of("previous_token_head", tokens.reshape(-1))
+
+
+def get_duplicate_token_head_detection_pattern(tokens: Tensor) -> Tensor:
+    """The pattern of "duplicate_token_head" for ids [pos] or [1, pos]. [pos, pos]"""
+    return detection_pattern_of("duplicate_token_head", tokens.reshape(-1))
+
+
+def get_induction_head_detection_pattern(tokens: Tensor) -> Tensor:
+    """The pattern of "induction_head" for ids [pos] or [1, pos]. [pos, pos]"""
+    return detection_pattern_of("induction_head", tokens.reshape(-1))
+
+
+def get_supported_heads() -> None:
+    """Print the names `detect_head` knows."""
+    print(f"Supported heads: {', '.join(HEAD_NAMES)}")
 
 
 def compute_head_attention_similarity_score(

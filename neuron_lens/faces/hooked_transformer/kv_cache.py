@@ -68,6 +68,12 @@ class HookedTransformerKeyValueCache:
             return torch.ones(self.batch_size, self.length, dtype=torch.long, device=self.device)
         return (self.inner.positions >= 0).long()
 
+    def append_attention_mask(self, attention_mask: Tensor) -> None:
+        """Not needed: `forward` keeps the mask it is given. Raises RequestError."""
+        raise RequestError(
+            "the key-value cache takes masks from forward: pass attention_mask= with past_kv_cache="
+        )
+
     def _held(self) -> KVCache:
         if self.inner is None:
             raise RequestError("the key-value cache is empty: run the model with past_kv_cache=cache first")

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from neuron_lens.errors import CheckpointError, ConfigError, RequestError
-from neuron_lens.faces.hooked_transformer.autoencoders import WithAutoencoders
 from neuron_lens.faces.hooked_transformer.config import HookedTransformerConfig, classic_config, engine_config
 from neuron_lens.faces.hooked_transformer.initialise import initialise
+from neuron_lens.faces.hooked_transformer.weight_steps import WeightSteps
 from neuron_lens.transformer import Transformer
 from neuron_lens.weights import Processing, process
 
 __all__ = ["HookedTransformer"]
 
 
-class HookedTransformer(WithAutoencoders):
+class HookedTransformer(WeightSteps):
     """A language model whose activations have names that hooks can be put on.
 
     Build one from a configuration (random weights), or with `from_pretrained`. The model holds the hooks; each
@@ -205,16 +205,6 @@ class HookedTransformer(WithAutoencoders):
             refactor_factored_attn_matrices=refactor_factored_attn_matrices,
         )
         self._use_engine(process(self.engine, steps), folded=fold_ln)
-
-    def _use_engine(self, engine: Transformer, folded: bool) -> None:
-        """Take another engine of the same shape, and keep hooks and tokenizer."""
-        self.engine = engine
-        for owner in (slot.owner for slot in self._slots):
-            owner.__dict__["_held"] = (engine,)
-        for view in self._own_ends.values():
-            view.__dict__["_held"] = (engine,)
-        if folded and self.cfg.normalization_type in ("LN", "RMS"):
-            self.cfg.normalization_type += "Pre"
 
     def load_and_process_state_dict(self, state_dict: dict[str, Tensor], **steps: bool) -> None:
         """Load a classic state dict, then `process_weights_` with these options."""

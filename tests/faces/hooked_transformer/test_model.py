@@ -381,3 +381,39 @@ def test_a_classifier_has_logits_of_its_own(tokens: Tensor) -> None:
     for act_fn in ("solu_ln", "gelu_ln", "xielu"):
         with pytest.raises(ConfigError, match=act_fn):
             HookedTransformer({**fields, "act_fn": act_fn})
+
+
+def test_steps_on_state_dicts_are_those_on_the_model(tokens: Tensor) -> None:
+    lens = HookedTransformer.from_engine(strong_model(tiny_config(tied=False)))
+    raw = {name: tensor.clone() for name, tensor in lens.state_dict().items()}
+    state = lens.fold_value_biases(
+        lens.center_unembed(lens.center_writing_weights(lens.fold_layer_norm(dict(raw))))
+    )
+    assert all(torch.equal(lens.state_dict()[name], raw[name]) for name in raw), (
+        "the model itself was changed"
+    )
+    other = HookedTransformer.from_engine(strong_model(tiny_config(tied=False)))
+    other.process_weights_()
+    for name, tensor in other.state_dict().items():
+        assert torch.allclose(state[name], tensor, atol=1e-5), name
+    even = lens.refactor_factored_attn_matrices(state)
+    other.load_state_dict(even)
+    assert torch.allclose(lens(tokens).log_softmax(-1), other(tokens).log_softmax(-1), atol=1e-3)
+    assert not torch.allclose(even["blocks.0.attn.W_Q"], state["blocks.0.attn.W_Q"], atol=1e-3)
+
+
+def test_a_forward_in_two_halves(lens: HookedTransformer, tokens: Tensor) -> None:
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    stream, ids, _, kept = lens.input_to_embed(tokens, attention_mask=mask)
+    assert kept is not None and torch.equal(kept, mask) and torch.equal(ids, tokens)
+    whole = lens(tokens, return_type="loss", attention_mask=mask)
+    halves = lens(stream, start_at_layer=0, tokens=ids, attention_mask=kept, return_type="loss")
+    assert torch.allclose(whole, halves, atol=1e-6)
+
+
+def test_names_that_are_not_offered_say_what_to_use(lens: HookedTransformer) -> None:
+    with pytest.raises(AttributeError, match=r"utils\.get_dataset"):
+        lens.sample_datapoint()
+    with pytest.raises(RequestError, match="attention_mask="):
+        HookedTransformerKeyValueCache.init_cache(lens.cfg, "cpu", 1).append_attention_mask(torch.ones(1, 1))
