@@ -18,6 +18,7 @@ from neuron_lens.autoencoders.normalisation import DecodeState, normalise
 from neuron_lens.autoencoders.self_check import SelfCheck
 from neuron_lens.autoencoders.sparse import (
     SparseLatents,
+    batch_topk_of_product,
     sum_of_rows,
     topk_of_product,
     with_selected_gradient,
@@ -168,6 +169,20 @@ class Autoencoder(nn.Module):
         if torch.is_grad_enabled():
             values = with_selected_gradient(values, encoder_in, indices, self.W_enc, self.b_enc)
         values = values.relu() if self.activation.relu else values
+        return SparseLatents(values, indices), self._with_skip(state, flat)
+
+    def encode_batch_topk(self, x: Tensor, k: int) -> tuple[SparseLatents, DecodeState]:
+        """Training of batch top-k: the k * batch largest of relu(h) over a whole batch x [batch, d_in], and the state.
+
+        As `keep_batch_topk`, with as many entries a row as the fullest row needs, zeros behind the others, and a
+        gradient that is sparse (see `encode_sparse`).
+        """
+        assert self.b_enc is not None, "only gated autoencoders have none"
+        flat = self._flat(x)
+        encoder_in, state = self._encoder_input(flat)
+        values, indices = batch_topk_of_product(encoder_in, self.W_enc, self.b_enc, k)
+        on = values.detach() > 0
+        values = with_selected_gradient(values, encoder_in, indices, self.W_enc, self.b_enc) * on
         return SparseLatents(values, indices), self._with_skip(state, flat)
 
     def _graph_free(self, x: Tensor) -> bool:

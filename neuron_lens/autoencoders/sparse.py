@@ -14,7 +14,13 @@ from torch.nn import functional as F
 
 from neuron_lens.errors import RequestError
 
-__all__ = ["SparseLatents", "sum_of_rows", "topk_of_product", "with_selected_gradient"]
+__all__ = [
+    "SparseLatents",
+    "batch_topk_of_product",
+    "sum_of_rows",
+    "topk_of_product",
+    "with_selected_gradient",
+]
 
 
 class SparseLatents(NamedTuple):
@@ -160,6 +166,26 @@ def topk_of_product(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Te
             best = found.topk(k, dim=-1, sorted=False)
             found, index = best.values, index.gather(-1, best.indices)
         return found.reshape(*x.shape[:-1], k), index.reshape(*x.shape[:-1], k)
+
+
+def batch_topk_of_product(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k * batch largest of relu(x @ W + b) over all rows of x [batch, d_in], without a graph.
+
+    Returns:
+        values and indices [batch, most], where `most` is what the fullest row needs; zeros behind the others' values.
+    """
+    count, width = k * len(x), len(b)
+    for most in (4 * k, 16 * k, width):  # a row rarely has several times its share
+        values, indices = topk_of_product(x, W, b, min(most, width))
+        values = values.relu()
+        chosen = values.flatten().topk(min(count, values.numel()), sorted=False)
+        # complete when no row was cut off above the smallest value that is kept
+        if most >= width or bool((values.amin(-1) <= chosen.values.min()).all()):
+            break
+    kept = torch.zeros_like(values).flatten().scatter(0, chosen.indices, chosen.values).view_as(values)
+    fullest = max(1, int((kept > 0).sum(-1).max()))
+    best = kept.topk(fullest, dim=-1, sorted=False)
+    return best.values, indices.gather(-1, best.indices)
 
 
 def with_selected_gradient(

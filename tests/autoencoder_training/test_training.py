@@ -20,6 +20,7 @@ from neuron_lens.autoencoder_training.objectives import Pass, auxiliary_loss, bu
 from neuron_lens.autoencoder_training.objectives.jumprelu import step_function
 from neuron_lens.autoencoder_training.stream import rows_of_split
 from neuron_lens.autoencoders import Autoencoder, AutoencoderConfig, load_autoencoder
+from neuron_lens.autoencoders.activations import keep_batch_topk
 from neuron_lens.errors import CheckpointError, ConfigError, HookError, RequestError
 
 MODEL = byte_model()
@@ -153,8 +154,9 @@ def test_rates_rise_stay_and_fall() -> None:
     assert settings(learning_rate=None, d_latent=2**14).peak_rate == pytest.approx(2e-4)
 
 
-def test_bfloat16_products_train_too(tmp_path: Path) -> None:
-    trainer = Trainer(MODEL, CORPUS, settings("topk", autocast=True), tmp_path)
+@pytest.mark.parametrize("kind", ["topk", "batch_topk", "matryoshka", "jumprelu"])
+def test_bfloat16_products_train_too(kind: str, tmp_path: Path) -> None:
+    trainer = Trainer(MODEL, CORPUS, settings(kind, autocast=True), tmp_path)
     trainer.run(progress=False)
     assert trainer.finish().W_dec.dtype == torch.float32
     assert trainer.curve[-1]["loss"] < trainer.curve[0]["loss"]
@@ -301,3 +303,23 @@ def test_an_interrupted_transcoder_goes_on(tmp_path: Path) -> None:
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, again[name]), name
     assert whole.W_skip.abs().sum() > 0
+
+
+@pytest.mark.parametrize("skewed", [False, True])
+def test_sparse_batch_topk_is_the_dense_one_with_its_gradient(skewed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    config = AutoencoderConfig(d_in=6, d_latent=200, activation="batch_topk", input_bias="decoder_bias")
+    sae = Autoencoder(config, generator=generator)
+    x = torch.randn(9, 6, generator=generator)
+    if skewed:
+        x[0] *= 1000  # has nearly all that is kept
+    weight, k, found = torch.randn(9, 200, generator=generator), 2, []
+    for sparse in (False, True):
+        sae.zero_grad()
+        few, dense = sae.encode_batch_topk(x, k)[0], keep_batch_topk(sae.pre_activations(x), k)
+        latents = few.to_dense(200) if sparse else dense
+        (latents * weight).sum().backward()
+        found.append([latents, sae.W_enc.grad.clone(), sae.b_enc.grad.clone(), sae.b_dec.grad.clone()])
+    assert int((found[0][0] > 0).sum()) == 18
+    for dense, sparse in zip(*found, strict=True):
+        torch.testing.assert_close(sparse, dense, atol=1e-3, rtol=1e-4)

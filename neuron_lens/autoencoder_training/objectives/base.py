@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neuron_lens.autoencoder_training.settings import TrainingSettings
-from neuron_lens.autoencoders import Autoencoder
+from neuron_lens.autoencoders import Autoencoder, SparseLatents
 
 __all__ = ["Objective", "Pass", "auxiliary_loss"]
 
@@ -61,6 +61,16 @@ def dense_pass(loss: Tensor, reconstruction: Tensor, latents: Tensor) -> Pass:
     """A pass whose latents [batch, d_latent] are dense."""
     on = latents.detach() != 0
     return Pass(loss, reconstruction, on.any(0), on.sum(-1).float().mean())
+
+
+def sparse_pass(
+    loss: Tensor, reconstruction: Tensor, latents: SparseLatents, autoencoder: Autoencoder
+) -> Pass:
+    """A pass whose latents [batch, active] are sparse; zeros among them are not active."""
+    on = latents.values.detach() > 0
+    fired = torch.zeros(autoencoder.config.d_latent, dtype=torch.bool, device=on.device)
+    fired[latents.indices[on]] = True
+    return Pass(loss, reconstruction, fired, on.sum(-1).float().mean())
 
 
 def auxiliary_loss(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from neuron_lens.autoencoder_training.objectives.base import Objective, Pass, dense_pass
-from neuron_lens.autoencoders import Autoencoder
-from neuron_lens.autoencoders.activations import BatchTopK, keep_batch_topk
+from neuron_lens.autoencoder_training.objectives.base import Objective, Pass, sparse_pass
+from neuron_lens.autoencoders import Autoencoder, SparseLatents
+from neuron_lens.autoencoders.activations import BatchTopK
 
 __all__ = ["BatchTopKObjective"]
 
@@ -23,21 +23,19 @@ class BatchTopKObjective(Objective):
     def __call__(self, autoencoder: Autoencoder, x: Tensor, target: Tensor, progress: float) -> Pass:
         """See Objective."""
         assert self.settings.k is not None, "the settings have seen to it"
-        h, state = autoencoder.pre_activations_with_state(x)
-        latents = keep_batch_topk(h, self.settings.k)
-        self._follow_threshold(autoencoder, latents.detach())
+        latents, state = autoencoder.encode_batch_topk(x, self.settings.k)
+        values, indices = latents
+        self._follow_threshold(autoencoder, values.detach())
         if self.settings.group_sizes is None:
             reconstruction = autoencoder.decode(latents, state)
-            return dense_pass(self.unexplained(target, reconstruction), reconstruction, latents)
+            return sparse_pass(self.unexplained(target, reconstruction), reconstruction, latents, autoencoder)
         reconstruction, begin, losses = autoencoder.b_dec + state.offset, 0, []
         for size in self.settings.group_sizes:
-            group = slice(begin, begin + size)
-            reconstruction = (
-                reconstruction + latents[:, group].to(autoencoder.dtype) @ autoencoder.W_dec[group]
-            )
+            inside = (indices >= begin) & (indices < begin + size)
+            reconstruction = reconstruction + autoencoder.decode_rows(SparseLatents(values * inside, indices))
             losses.append(self.unexplained(target, reconstruction))
             begin += size
-        return dense_pass(torch.stack(losses).mean(), reconstruction, latents)
+        return sparse_pass(torch.stack(losses).mean(), reconstruction, latents, autoencoder)
 
     def _follow_threshold(self, autoencoder: Autoencoder, latents: Tensor) -> None:
         activation = autoencoder.activation

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from neuron_lens.autoencoder_training.objectives.base import Objective, Pass
+from neuron_lens.autoencoder_training.objectives.base import Objective, Pass, sparse_pass
 from neuron_lens.autoencoders import Autoencoder
 
 __all__ = ["TopKObjective"]
@@ -18,9 +17,4 @@ class TopKObjective(Objective):
         """See Objective."""
         latents, state = autoencoder.encode_sparse(x, sparse_gradient=True)
         reconstruction = autoencoder.decode(latents, state)
-        on = latents.values.detach() > 0
-        fired = torch.zeros(autoencoder.config.d_latent, dtype=torch.bool, device=x.device)
-        fired[latents.indices[on]] = True
-        return Pass(
-            self.unexplained(target, reconstruction), reconstruction, fired, on.sum(-1).float().mean()
-        )
+        return sparse_pass(self.unexplained(target, reconstruction), reconstruction, latents, autoencoder)
