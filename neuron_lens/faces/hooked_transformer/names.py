@@ -66,6 +66,8 @@ FLAGS = {
     "attn.hook_result": "use_attn_result",
 }
 
+_EXPERTS = "experts have no points of their own; model.engine with hooks at mlp.router_logits and mlp.expert_weights shows them"
+
 _TREE = {site.path: site.axes for site in TransformerHooks().sites()}
 
 
@@ -119,6 +121,12 @@ def absent_names(config: TransformerConfig) -> dict[str, str]:
         site = _site(name, site, config)
         if site in absent:
             reasons |= {f"blocks.{layer}.{name}": absent[site] for layer in range(config.n_layers)}
+    experts = config.experts.n_experts if config.experts is not None else 0
+    for layer in range(config.n_layers if experts else 0):
+        mlp = f"blocks.{layer}.mlp."
+        reasons |= {f"{mlp}hook_expert_weights": _EXPERTS, f"{mlp}hook_expert_indices": _EXPERTS}
+        for expert in range(experts):
+            reasons |= {f"{mlp}experts.{expert}.hook_{name}": _EXPERTS for name in ("gate", "pre", "post")}
     return reasons
 
 

@@ -158,7 +158,7 @@ class WeightProperties(Tokenisation):
         total = self.engine.embed.weight.new_zeros(self.cfg.d_model)
         for block in list(self.blocks)[:layer]:
             total = total + block.attn.b_O
-            if include_mlp_biases and hasattr(block, "mlp"):
+            if include_mlp_biases and self.engine.config.mlp in ("plain", "gated"):
                 total = total + block.mlp.b_out
         if mlp_input:
             self._check_layer(layer, last=self.cfg.n_layers - 1)

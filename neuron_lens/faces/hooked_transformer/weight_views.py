@@ -8,6 +8,7 @@ one in place edits the model. Biases the model does not have read as zeros, whic
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -317,6 +318,54 @@ class MLP(View):
         )
 
 
+class Expert:
+    """One expert's weights, in the layout of nn.Linear: `W_in.weight` and `W_gate.weight` [d_mlp, d_model], `W_out.weight`
+    [d_model, d_mlp]. Views: editing one in place edits the model."""
+
+    def __init__(self, experts: Any, number: int) -> None:
+        self.W_in = SimpleNamespace(weight=experts.up[number])
+        self.W_gate = SimpleNamespace(weight=experts.gate[number])
+        self.W_out = SimpleNamespace(weight=experts.down[number])
+
+
+class Experts(View):
+    """A mixture of experts: `experts[j]` and the router `W_gate`."""
+
+    @property
+    def experts(self) -> list[Expert]:
+        """Every expert's weights."""
+        assert self._config.experts is not None, "made for models with experts"
+        owner = self._held[0].get_submodule(self._path)
+        return [Expert(owner, number) for number in range(self._config.experts.n_experts)]
+
+    @property
+    def W_gate(self) -> SimpleNamespace:
+        """The router: `W_gate.weight` [expert, d_model]"""
+        return SimpleNamespace(weight=self._weight("router.weight"))
+
+    def _refused(self, name: str) -> RequestError:
+        return RequestError(f"a mixture of experts has no one {name}: read mlp.experts[j].{name}.weight")
+
+    @property
+    def W_in(self) -> Tensor:
+        """Raises RequestError: each expert has its own."""
+        raise self._refused("W_in")
+
+    @property
+    def W_out(self) -> Tensor:
+        """Raises RequestError: each expert has its own."""
+        raise self._refused("W_out")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The normalised stream [batch, pos, d_model] -> what the experts give"""
+        inside = parts.taken_over(self._path)
+        return (
+            inside(x)
+            if inside is not None
+            else parts.mlp_of(self._held[0], self._path, list(self.slots()), x)
+        )
+
+
 class TransformerBlock(View):
     """One block: `attn`, `mlp`, `ln1`, `ln2` and, where the model has them, `ln1_post`, `ln2_post`."""
 
@@ -335,6 +384,9 @@ class TransformerBlock(View):
         }
         kinds: dict[str, type[View]] = {"attn": Attention, "mlp": MLP}
         self._own: dict[str, View] = {}
+        if engine.config.mlp == "experts":
+            kinds["mlp"] = Experts
+            below.setdefault("mlp", {})
         for owner, points in below.items():
             kind = kinds.get(owner, Norm)
             self._own[owner] = kind(engine, f"blocks.{layer}.{norms.get(owner, owner)}", points)

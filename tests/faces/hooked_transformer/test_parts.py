@@ -12,9 +12,10 @@ from conftest import strong_model, tiny_config
 from faces.hooked_transformer.tiny_families import FAMILIES
 from torch import Tensor, nn
 
-from neuron_lens.errors import RequestError
+from neuron_lens.errors import HookError, RequestError
 from neuron_lens.faces.hooked_transformer import HookedTransformer, HookPoint
 from neuron_lens.transformer import Transformer
+from neuron_lens.transformer.config import ExpertsConfig
 
 WITH_MLP = [name for name, changes in FAMILIES.items() if changes.get("mlp") != "none"]
 
@@ -185,3 +186,27 @@ def test_a_subclass_is_made_by_its_own_init(tokens: Tensor) -> None:
     engine = strong_model(tiny_config())
     named = Named.from_engine(engine)
     assert named.title == "mine" and torch.equal(named(tokens), engine(tokens))
+
+
+def test_experts_show_their_weights_and_refuse_their_points(tokens: Tensor) -> None:
+    experts = ExpertsConfig(n_experts=3, n_used=2)
+    lens = HookedTransformer.from_engine(
+        strong_model(tiny_config(mlp="experts", experts=experts, activation="silu"))
+    )
+    _, cache = lens.run_with_cache(tokens)
+    mlp, read = lens.blocks[1].mlp, lens.blocks[1].ln2(cache["resid_mid", 1])
+    assert torch.allclose(mlp(read), cache["mlp_out", 1], atol=1e-4)
+    weights, chosen = (read @ mlp.W_gate.weight.T).softmax(-1).topk(2)
+    weights = weights / weights.sum(-1, keepdim=True)
+    found = torch.zeros_like(read)
+    for j, expert in enumerate(mlp.experts):
+        hidden = torch.nn.functional.silu(read @ expert.W_gate.weight.T) * (read @ expert.W_in.weight.T)
+        found += (weights * (chosen == j)).sum(-1, keepdim=True) * (hidden @ expert.W_out.weight.T)
+    assert torch.allclose(found, cache["mlp_out", 1], atol=1e-4)
+    with pytest.raises(RequestError, match=r"experts\[j\]\.W_in"):
+        _ = lens.W_in
+    with pytest.raises(HookError, match=r"mlp\.router_logits"):
+        lens.run_with_hooks(tokens, fwd_hooks=[("blocks.0.mlp.experts.2.hook_post", halve)])
+    wrapped = Around(mlp)
+    lens.blocks[1].mlp = wrapped
+    assert torch.allclose(lens(tokens), lens.engine(tokens), atol=1e-5)
