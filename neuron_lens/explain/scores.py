@@ -33,6 +33,7 @@ __all__ = [
     "mean_score",
     "score_all",
     "share_score",
+    "wilson",
 ]
 
 Floats = NDArray[np.float64]
@@ -214,13 +215,19 @@ def share_score(right: Bools, given: Bools) -> Score:
     coverage = _share(n, planned)
     if n < 2 or coverage < MINIMUM_COVERAGE:
         return Score(value=None, low=None, high=None, n=n, n_windows=n, coverage=coverage)
-    share, z = float(right[given].mean()), _Z
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low, high = wilson(int(right[given].sum()), n)
     return Score(
-        value=round(share, 6), low=round(max(centre - half, 0.0), 6), high=round(min(centre + half, 1.0), 6),
+        value=round(float(right[given].mean()), 6), low=round(low, 6), high=round(high, 6),
         n=n, n_windows=n, coverage=coverage,
     )  # fmt: skip
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of `n` (at least 1)."""
+    share, z = right / n, _Z
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 def _bootstrap(

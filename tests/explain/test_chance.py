@@ -57,7 +57,7 @@ SCORERS: dict[str, BaseScorer] = {
     "fuzzing": Fuzzing(controls=False, batch=10),
     "intruder": Intruder(controls=False),
     "simulation": Simulation(simulator=TextSimulator(), controls=False, n_firing=8, n_silent=8),
-    "surprisal": Surprisal(controls=False, n_firing=15, n_silent=15),
+    "surprisal": Surprisal(controls=False, n_firing=10, n_silent=10),
     "causal": Causal(
         batch=10,
         controls=False,

@@ -106,6 +106,22 @@ def test_precision_at_density_is_the_formula_over_natural_examples() -> None:
     assert binary_figures(outcome, None, seed=0)["precision_at_density"].value is None
 
 
+def test_an_interval_never_loses_its_width() -> None:
+    """All right, or all told alike, of few examples is no certainty; least of all at a low density."""
+    for n in (5, 20, 100):
+        fires = [True, False] * n
+        perfect = judgements([float(f) for f in fires], fires=fires, natural=[True] * (2 * n))
+        told_alike = judgements([1.0] * (2 * n), fires=fires, natural=[True] * (2 * n))
+        figures = binary_figures(perfect, 0.001, 0) | ranking_figures(perfect, 0.001, 0)
+        for name, score in figures.items():
+            assert score.low is not None and score.high is not None and score.high - score.low > 0.4 / n, name
+        rare = figures["precision_at_density"]
+        assert rare.value == rare.high == 1.0 and rare.low is not None and rare.low < 0.05
+        blind = binary_figures(told_alike, 0.001, 0)["balanced_accuracy"]
+        assert blind.value == 0.5 and blind.low is not None and blind.high is not None
+        assert blind.low < 0.5 < blind.high
+
+
 def test_a_ranking_says_yes_as_often_as_there_is_truth() -> None:
     fires = [True, True, False, False, False, True]
     perfect = judgements([9.0, 8.0, 1.0, 2.0, 0.0, 7.0], fires=fires, natural=[True] * 6)

@@ -1,4 +1,4 @@
-"""Yes or no for each of some texts, several texts a call: the form detection, fuzzing and causal scoring share."""
+"""One answer for each of some texts, several texts a call: the form most scorers share."""
 
 from __future__ import annotations
 
@@ -23,11 +23,16 @@ class YesOrNo(BaseModel):
 
 
 def ask_in_batches(
-    prompt: Prompt, texts: Sequence[str], batch: int, render: Callable[[Sequence[str]], dict[str, Any]]
+    prompt: Prompt,
+    texts: Sequence[str],
+    batch: int,
+    render: Callable[[Sequence[str]], dict[str, Any]],
+    shape: type[BaseModel] = YesOrNo,
+    field: str = "answers",
 ) -> Plan[list[float | None]]:
-    """1 (yes), 0 (no) or None (missing) for each text; `render` gives the prompt's slots for some of the texts.
+    """A number (yes is 1, no is 0), or None (missing), for each text; `render` gives the prompt's slots for some texts.
 
-    The last batch may be smaller than the others.
+    `shape` is the answer's type, and `field` its list. The last batch may be smaller than the others.
     """
     batches = [texts[begin : begin + batch] for begin in range(0, len(texts), batch)]
     calls = tuple(
@@ -37,9 +42,9 @@ def ask_in_batches(
                 max_tokens=_TOKENS_AROUND + _TOKENS_AN_ANSWER * len(some),
                 prompt_version=prompt.version,
             ),
-            shape=YesOrNo,
-            check=expecting(len(some), "answers"),
-            name="answers",
+            shape=shape,
+            check=expecting(len(some), field),
+            name=field,
         )
         for some in batches
     )
@@ -48,7 +53,7 @@ def ask_in_batches(
         found: list[float | None] = []
         for some, answer in zip(batches, answers, strict=True):
             missing = isinstance(answer, Missing)
-            found += [None] * len(some) if missing else [float(value) for value in answer.answers]
+            found += [None] * len(some) if missing else [float(value) for value in getattr(answer, field)]
         return found
 
     return Plan(calls, read)

@@ -1,11 +1,14 @@
 """What a judge said beside what is true, and the figures made of it. Numpy only.
 
-A judgement that failed is missing: it enters no figure, and lowers the coverage.
+A judgement that failed is missing: it enters no figure, and lowers the coverage. Where every example is told alike (all
+right, none right), the bootstrap draws the same figure every time and its interval has no width; it is then made of the
+Wilson intervals of the shares the figure comes from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -14,7 +17,7 @@ from numpy.typing import NDArray
 
 from neuron_lens.explain.result import Score
 from neuron_lens.explain.scorers.examples import Example
-from neuron_lens.explain.scores import Predictions, auc, balanced_accuracy, from_sums, share_score
+from neuron_lens.explain.scores import Predictions, auc, balanced_accuracy, from_sums, share_score, wilson
 
 __all__ = [
     "Outcome",
@@ -117,8 +120,13 @@ def binary_figures(outcome: Outcome, density: float | None, seed: int) -> dict[s
     recall, false_positive_rate: shares of the true and of the false examples that get a yes (Wilson's intervals).
     """
     yes, positive = outcome.predicted[:, 0] > 0.5, outcome.true[:, 0] > 0.5
+    accuracy = balanced_accuracy(outcome.predictions, 0.5, 0.5, seed)
+    hits, false = int((yes & positive & outcome.given).sum()), int((yes & ~positive & outcome.given).sum())
+    n_true, n_false = int((positive & outcome.given).sum()), int((~positive & outcome.given).sum())
     return {
-        "balanced_accuracy": balanced_accuracy(outcome.predictions, 0.5, 0.5, seed),
+        "balanced_accuracy": _with_width(
+            accuracy, lambda: _mean_of_shares(hits, n_true, n_false - false, n_false)
+        ),
         **_precisions(outcome, yes, density, seed),
         "recall": share_score(yes[positive], outcome.given[positive]),
         "false_positive_rate": share_score(yes[~positive], outcome.given[~positive]),
@@ -137,8 +145,11 @@ def ranking_figures(outcome: Outcome, density: float | None, seed: int) -> dict[
     falling = np.sort(outcome.predicted[given, 0])[::-1]
     # Halfway between the last yes and the first no; ties with the first no are no.
     at = float((falling[n_true - 1] + falling[n_true]) / 2) if 0 < n_true < len(falling) else -np.inf
+    fewer = min(n_true, len(falling) - n_true)
+    area = auc(outcome.predictions, 0.5, seed)
     return {
-        "auc": auc(outcome.predictions, 0.5, seed),
+        # All pairs in order: as good as that many independent pairs as there are examples of the rarer sort.
+        "auc": _with_width(area, lambda: wilson(round((area.value or 0.0) * fewer), fewer)),
         **_precisions(outcome, outcome.predicted[:, 0] > at, density, seed),
     }
 
@@ -146,8 +157,10 @@ def ranking_figures(outcome: Outcome, density: float | None, seed: int) -> dict[
 def _precisions(outcome: Outcome, yes: Bools, density: float | None, seed: int) -> dict[str, Score]:
     said, positive = yes.astype(np.float64), outcome.true[:, 0] > 0.5
     counts = np.stack([said * positive, said], axis=1)
+    hits, n_said = (int(total) for total in counts[outcome.given].sum(0))
+    precision = from_sums(counts, ratio, given=outcome.given, seed=seed)
     return {
-        "precision": from_sums(counts, ratio, given=outcome.given, seed=seed),
+        "precision": _with_width(precision, lambda: wilson(hits, n_said)),
         "precision_at_density": precision_at_density(said * positive, said, positive, outcome, density, seed),
     }
 
@@ -159,7 +172,8 @@ def precision_at_density(
 
     `hits` and `said` `[example]` count true and all yes answers. Positive examples weigh d / n+ and the others
     (1 - d) / n-, so that for judgements of whole texts it is r d / (r d + f (1 - d)), with recall r and false positive
-    rate f. None without a density, or without natural examples of either sort.
+    rate f. None without a density, or without natural examples of either sort. Where no false example got a yes, the
+    lower end takes Wilson's upper limit for f: at a density of one in a thousand, none of 25 is no proof.
     """
     true, false = (
         (positive & outcome.natural).astype(np.float64),
@@ -177,7 +191,33 @@ def precision_at_density(
     score = from_sums(
         sums, precision, given=outcome.given, n=int((outcome.natural & outcome.given).sum()), seed=seed
     )
-    return score if density is not None else without_value(score)
+    if density is None or score.value is None:
+        return without_value(score)
+    hits_true, said_true, n_true, _, said_false, n_false = sums[outcome.given].sum(0)
+    if said_false > 0:
+        return score
+    could_be = density * said_true / n_true + (1 - density) * wilson(0, int(n_false))[1]
+    low = min(score.value, float(density * hits_true / n_true / could_be))
+    return score.model_copy(update={"low": round(min(low, score.low if score.low is not None else low), 6)})
+
+
+def _with_width(score: Score, interval: Callable[[], tuple[float, float]]) -> Score:
+    """The score, with another interval where its own has no width."""
+    if score.value is None or score.low != score.high:
+        return score
+    low, high = interval()
+    ends = round(min(low, score.value), 6), round(max(high, score.value), 6)
+    return score.model_copy(update={"low": ends[0], "high": ends[1]})
+
+
+def _mean_of_shares(a: int, n_a: int, b: int, n_b: int) -> tuple[float, float]:
+    """The interval of the mean of two independent shares, from Wilson's of each (MOVER: Zou & Donner 2008)."""
+    (low_a, high_a), (low_b, high_b) = wilson(a, n_a), wilson(b, n_b)
+    share_a, share_b = a / n_a, b / n_b
+    middle = (share_a + share_b) / 2
+    below = math.hypot(share_a - low_a, share_b - low_b) / 2
+    above = math.hypot(high_a - share_a, high_b - share_b) / 2
+    return middle - below, middle + above
 
 
 def ratio(sums: Floats) -> Floats:

@@ -10,11 +10,10 @@ from pydantic import BaseModel, ConfigDict
 
 from neuron_lens.explain.explainers.attention_pairs import Pair, shown_pair
 from neuron_lens.explain.explainers.base import prompt_named
-from neuron_lens.explain.plan import Answer, Plan
+from neuron_lens.explain.plan import Plan
 from neuron_lens.explain.rendering import quoted_texts
-from neuron_lens.explain.scorers.batches import expecting
+from neuron_lens.explain.scorers.batches import ask_in_batches
 from neuron_lens.explain.simulators.text import Level
-from neuron_lens.llm import Missing, Request, StructuredRequest
 
 __all__ = ["PairSimulator"]
 
@@ -41,29 +40,11 @@ class PairSimulator:
 
     def plan(self, explanation: str, pairs: Sequence[Pair]) -> Plan[list[float | None]]:
         """The calls, and the rating of each pair they give; None where it is missing."""
-        prompt = prompt_named(self.name)
-        batches = [pairs[begin : begin + self.batch] for begin in range(0, len(pairs), self.batch)]
-        calls = tuple(
-            StructuredRequest(
-                request=Request(
-                    messages=prompt.messages(
-                        explanation=explanation, texts=quoted_texts(shown_pair(pair) for pair in some)
-                    ),
-                    max_tokens=64 + 8 * len(some),
-                    prompt_version=prompt.version,
-                ),
-                shape=PairAnswer,
-                check=expecting(len(some), "ratings"),
-                name="ratings",
-            )
-            for some in batches
+        return ask_in_batches(
+            prompt_named(self.name),
+            [shown_pair(pair) for pair in pairs],
+            self.batch,
+            lambda texts: {"explanation": explanation, "texts": quoted_texts(texts)},
+            PairAnswer,
+            "ratings",
         )
-
-        def read(answers: Sequence[Answer]) -> list[float | None]:
-            ratings: list[float | None] = []
-            for some, answer in zip(batches, answers, strict=True):
-                missing = isinstance(answer, Missing)
-                ratings += [None] * len(some) if missing else [float(level) for level in answer.ratings]
-            return ratings
-
-        return Plan(calls, read)
