@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from neuron_lens.autoencoders import Autoencoder, AutoencoderConfig, Site
 from neuron_lens.errors import RequestError
+from neuron_lens.harvest import kept
 from neuron_lens.harvest.corpus import Corpus, Document, WindowShape
 from neuron_lens.harvest.kept import SourceKeepers
 from neuron_lens.harvest.part import HarvestPart
@@ -230,3 +231,15 @@ def test_near_misses_are_silent_and_nearest_units_are_those_that_fire_together(
             expected = (fires & also).sum() / max((fires | also).sum(), 1)
             assert kept.nearest.jaccard[0] == pytest.approx(expected, abs=0.03)
     assert n_near > 20
+
+
+def test_wide_sources_taken_in_ranges_give_the_same(
+    model: Transformer, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "_UNITS_AT_ONCE", 7)
+    harvest(model, corpus(), sources(model)[2:], tmp_path, SETTINGS, progress=False)
+    (name,) = (path.name for path in tmp_path.iterdir())
+    one, other = (load_file(folder / name / "activations.safetensors") for folder in (whole, tmp_path))
+    moments = one.pop("moments"), other.pop("moments")
+    assert np.allclose(*moments, atol=1e-5)  # sums of float32 columns of another width round otherwise
+    assert all(np.array_equal(one[key], other[key]) for key in one) and one.keys() == other.keys()
