@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import re
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import neuron_lens.explain
 from neuron_lens.errors import RequestError
 from neuron_lens.explain.evidence import Part
 from neuron_lens.explain.plan import carry_out
@@ -237,3 +239,8 @@ def test_a_plan_with_calls_needs_a_backend() -> None:
     plan = Detection().plan(EVIDENCE, "x", rule_judge(), seed=0)
     with pytest.raises(RequestError, match="no backend to make them of"):
         carry_out(None, [plan])
+
+
+def test_the_example_in_the_packages_own_words_runs() -> None:
+    outcome = doctest.testmod(neuron_lens.explain)
+    assert outcome.attempted > 5 and outcome.failed == 0
