@@ -12,6 +12,7 @@ hook means the same position with and without a key-value cache.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,14 @@ __all__ = ["AtHeads", "AtLayers", "AtPositions", "AtRows", "AtSteps", "AtUnits",
 Indices = int | Sequence[int] | slice | range | Tensor
 
 
+@dataclass(frozen=True)
+class _LayerAmong:
+    layers: frozenset[int]
+
+    def __call__(self, x: Tensor, layer: int) -> bool:
+        return layer in self.layers
+
+
 class AtLayers(ConditionalHooks):
     """Runs its hooks at some layers only. layers: one index or several, counted from 0."""
 
@@ -37,10 +46,10 @@ class AtLayers(ConditionalHooks):
                 f"AtLayers takes a layer or layers counted from 0 upwards, at least one; got {layers!r}"
             )
         self.layers = frozenset(chosen)
-        super().__init__(self._holds, name="at layers " + ", ".join(map(str, sorted(self.layers))))
-
-    def _holds(self, x: Tensor, layer: int) -> bool:
-        return layer in self.layers
+        # Not a method of its own: a chain that holds itself keeps its hooks, and their tensors, until Python
+        # looks for cycles.
+        condition = _LayerAmong(self.layers)
+        super().__init__(condition, name="at layers " + ", ".join(map(str, sorted(self.layers))))
 
     def _run(self, x: Tensor, context: dict[str, Any], site: Site) -> Tensor:
         if "layer" not in context:

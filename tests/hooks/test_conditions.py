@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from conftest import strong_model, tiny_config
@@ -193,3 +196,19 @@ def test_generation_hooks_mean_the_same_with_and_without_a_cache(
 
 
 _MODEL = strong_model(tiny_config())
+
+
+def test_hooks_at_layers_go_when_the_last_name_for_them_goes() -> None:
+    class Recorder:
+        def __call__(self, x: torch.Tensor) -> None: ...
+
+    recorder = Recorder()
+    gone = weakref.ref(recorder)
+    hooks = TransformerHooks().append_to_path("mlp.post_act.fwd", AtLayers(1).append(recorder))
+    gc.collect()
+    gc.disable()
+    try:
+        del recorder, hooks
+        assert gone() is None
+    finally:
+        gc.enable()
