@@ -35,8 +35,9 @@ _HOOKS = {
     "HookedRootModule": f"{_FACE}.root_module",
     "NamesFilter": f"{_FACE}.name_filter",
 }
-_PARTS = ("Attention", "Embed", "MLP", "PosEmbed", "TransformerBlock", "Unembed")
+_PARTS = ("Attention", "Embed", "MLP", "PosEmbed", "Unembed")
 _COMPONENTS = dict.fromkeys(_PARTS, f"{_FACE}.weight_views")
+_COMPONENTS["TransformerBlock"] = f"{_FACE}.block_view"
 # Names that mean one class of ours: the module, and what the class is called there.
 _RENAMED = {
     "TransformerLensKeyValueCache": "HookedTransformerKeyValueCache",
@@ -69,7 +70,7 @@ _MODULES: dict[str, dict[str, str]] = {
     "components.mlps.can_be_used_as_mlp": {"CanBeUsedAsMLP": f"{_FACE}.weight_views"},
     "components.mlps.mlp": {"MLP": f"{_FACE}.weight_views"},
     "components.mlps.gated_mlp": {"GatedMLP": f"{_FACE}.weight_views"},
-    "components.transformer_block": {"TransformerBlock": f"{_FACE}.weight_views"},
+    "components.transformer_block": {"TransformerBlock": f"{_FACE}.block_view"},
     "components.attention": {"Attention": f"{_FACE}.weight_views"},
     "SVDInterpreter": {"SVDInterpreter": f"{_FACE}.svd_interpreter"},
 }

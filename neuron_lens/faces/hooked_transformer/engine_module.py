@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from neuron_lens.errors import RequestError
+from neuron_lens.faces.hooked_transformer.block_view import TransformerBlock
 from neuron_lens.faces.hooked_transformer.config import HookedTransformerConfig
 from neuron_lens.faces.hooked_transformer.hook_point import HookPoint
 from neuron_lens.faces.hooked_transformer.names import PointPlace, absent_names, block_places, end_places
@@ -20,7 +21,6 @@ from neuron_lens.faces.hooked_transformer.weight_views import (
     Embed,
     Norm,
     PosEmbed,
-    TransformerBlock,
     Unembed,
     View,
 )
