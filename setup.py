@@ -12,24 +12,30 @@ EXTRAS = {
     "hf": ["transformers>=4.51", "tokenizers>=0.21", "huggingface_hub>=0.30", "pyyaml>=6"],
     "explain": ["openai>=1.60"],
     "report": ["pandas>=2.0", "matplotlib>=3.8"],
+    "parquet": ["pyarrow>=16"],
+    "embed": ["sentence-transformers>=3"],
 }
 EXTRAS["test"] = [
     *EXTRAS["hf"],
     *EXTRAS["explain"],
     *EXTRAS["report"],
+    *EXTRAS["parquet"],
     "pytest>=8",
     "hypothesis>=6.100",
     "ruff>=0.9",
     "mypy>=1.13",
     "types-tqdm",
     "types-PyYAML",
-    "pyarrow>=16",
     "datasets>=2.20",
     "build>=1.2",
     "setuptools>=69",
 ]
 EXTRAS["all"] = sorted(
-    {requirement for extra in ("hf", "explain", "report") for requirement in EXTRAS[extra]}
+    {
+        requirement
+        for extra in ("hf", "explain", "report", "parquet", "embed")
+        for requirement in EXTRAS[extra]
+    }
 )
 
 setup(
