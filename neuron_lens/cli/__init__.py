@@ -7,13 +7,21 @@ import sys
 from collections.abc import Sequence
 
 import neuron_lens
-from neuron_lens.cli import explain, models, sae, verify
+from neuron_lens.cli import explain, harvest, models, report, sae, score, verify
 from neuron_lens.errors import NeuronLensError
 
 __all__ = ["main"]
 
 # Every command module offers `add(subparsers)`, which registers it, and `run(arguments) -> int`.
-_COMMANDS = {"explain": explain, "models": models, "sae": sae, "verify": verify}
+_COMMANDS = {
+    "harvest": harvest,
+    "explain": explain,
+    "score": score,
+    "report": report,
+    "verify": verify,
+    "models": models,
+    "sae": sae,
+}
 
 _USER_ERROR = 2
 _INTERRUPTED = 130  # what shells report for SIGINT

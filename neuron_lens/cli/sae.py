@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neuron_lens.cli.explain import corpus_of
+from neuron_lens.cli.run_options import corpus_of
 from neuron_lens.errors import RequestError
 
 if TYPE_CHECKING:

@@ -64,6 +64,7 @@ class Pipeline(NamesUnits):
 
     Args:
         explainer: a name, or an explainer with its options; token statistics need no judge, the others ask `backend`.
+            None: the one the folder was explained by, whose explanations are only scored.
         scorers: names, or scorers with their options, in the order they are shown; the first one also chooses among
             several candidates of the explainer.
         backend: the judge, whose answers are kept in the folder.
@@ -85,7 +86,7 @@ class Pipeline(NamesUnits):
     progress: bool = True
     autoencoders: Sequence[Autoencoder] = ()
     directions: Sequence[Direction] = ()
-    explainer: str | Explainer = "token_statistics"
+    explainer: str | Explainer | None = "token_statistics"
     scorers: Sequence[str | BaseScorer] = ()
     backend: Backend | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -245,10 +246,17 @@ class Pipeline(NamesUnits):
             return self.backend
         return CachedBackend(self.backend, self._run_folder.requests)
 
-    @property
+    @cached_property
     def _method(self) -> Method:
-        """How explanations are made."""
-        return Method.of(self._explainer or TokenStatistics(), self.backend)
+        """How explanations are made, or were."""
+        if self.explainer is not None:
+            return Method.of(self._explainer or TokenStatistics(), self.backend)
+        found = self._run_folder.require_manifest().explainer
+        if found is None:
+            raise RequestError(
+                f"{self.folder} holds no explanations to score; run neuron-lens explain into it"
+            )
+        return found
 
     def _manifest(
         self,
@@ -382,7 +390,7 @@ class Pipeline(NamesUnits):
     def _run_facts(self) -> RunFacts:
         facts = next(iter(self._work.values())).harvest.facts
         settings = self._settings.plain()
-        method = [] if self._explainer is None else [self._method.model_dump()]
+        method = [] if self._method.name == TokenStatistics.name else [self._method.model_dump()]
         digest = hashlib.blake2b(json.dumps([_VERSION, settings, *method]).encode(), digest_size=8)
         return RunFacts(
             package_version=neuron_lens.__version__,

@@ -1,0 +1,155 @@
+"""What commands that ask a judge share: who explains and scores, who is asked, and what may be spent."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neuron_lens.errors import BackendError, RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from neuron_lens.explain.explainers import Explainer
+    from neuron_lens.explain.pipeline import Pipeline
+    from neuron_lens.explain.result import RunResult
+    from neuron_lens.llm import Backend, Budget, Price
+    from neuron_lens.records import Unit
+
+__all__ = ["STOPPED", "add_judge_options", "asked", "judge_options"]
+
+STOPPED = 3  # exit code of a run that kept to its budget
+
+_EXPLAINERS = (
+    "token_statistics", "token_activation_pairs", "max_activating", "contrastive", "logit_weights", "attention_pairs",
+)  # fmt: skip
+
+
+def add_judge_options(parser: argparse.ArgumentParser, *, explains: bool) -> None:
+    """Explainer (where the command explains), scorers, judge, budget."""
+    group = parser.add_argument_group("judge")
+    if explains:
+        group.add_argument(
+            "--explainer", default="token_statistics", metavar="NAME",
+            help=f"{', '.join(_EXPLAINERS)} (default: the first, which asks nobody)",
+        )  # fmt: skip
+        group.add_argument(
+            "--candidates", type=int, default=1, metavar="N",
+            help="sentences to choose one from, on validation windows (default: 1)",
+        )  # fmt: skip
+    group.add_argument(
+        "--scorers", default="", metavar="A,B,…",
+        help="detection, fuzzing, intruder, simulation, attention_pairs, causal, surprisal; the first one chooses "
+        "among candidates",
+    )  # fmt: skip
+    group.add_argument(
+        "--judge", metavar="WHO",
+        help="openai:MODEL (key in OPENAI_API_KEY), openai:MODEL@URL (any compatible endpoint), local:NAME_OR_PATH "
+        "(a checkpoint), scripted:MODULE:FUNCTION (a Python function, for tests)",
+    )  # fmt: skip
+    group.add_argument("--concurrency", type=int, default=8, metavar="N", help="calls at once (default: 8)")
+    group.add_argument(
+        "--dry-run", action="store_true", help="say how many calls, tokens and what cost; ask nothing"
+    )
+    group.add_argument(
+        "--price", metavar="IN,OUT", help="of a million tokens read and written, for costs: 0.15,0.60"
+    )
+    group.add_argument(
+        "--budget", type=float, metavar="AMOUNT", help="stop before this call of the command costs more"
+    )
+    group.add_argument("--max-calls", type=int, metavar="N", help="stop before it makes more calls")
+
+
+def judge_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Options of a Pipeline."""
+    scorers = [name.strip() for name in arguments.scorers.split(",") if name.strip()]
+    options: dict[str, Any] = {"scorers": scorers, "backend": _backend(arguments)}
+    if hasattr(arguments, "explainer"):
+        options["explainer"] = _explainer(arguments.explainer, arguments.candidates)
+    return options
+
+
+def asked(pipeline: Pipeline, units: Sequence[Unit], arguments: argparse.Namespace) -> RunResult | int:
+    """The run, or the exit code of one that was only rehearsed, or that the budget stopped."""
+    from neuron_lens.llm import BudgetExceeded
+
+    if arguments.dry_run:
+        print(f"{len(units)} units: {pipeline.estimate(units, _price(arguments.price))}")
+        return 0
+    try:
+        return pipeline.run(units)
+    except BudgetExceeded as error:
+        print(
+            f"neuron-lens: stopped by the budget, nothing is lost: {error}. Give the same command again with a higher "
+            f"--budget or --max-calls, and it goes on from here",
+            file=sys.stderr,
+        )
+        return STOPPED
+
+
+def _explainer(name: str, candidates: int) -> Explainer:
+    from neuron_lens.explain.explainers import JudgeExplainer, explainer_named
+
+    kind = explainer_named(name)
+    if issubclass(kind, JudgeExplainer):
+        return kind(n_candidates=candidates)
+    if candidates != 1:
+        raise RequestError(
+            f"{name} gives one explanation; --candidates goes with an explainer that asks a judge"
+        )
+    return kind()
+
+
+def _price(text: str | None) -> Price | None:
+    from neuron_lens.llm import Price
+
+    if text is None:
+        return None
+    try:
+        read, written = (float(part) for part in text.split(","))
+    except ValueError:
+        raise RequestError(f"--price {text!r}: expected two numbers, such as 0.15,0.60") from None
+    return Price(prompt=read, completion=written)
+
+
+def _budget(arguments: argparse.Namespace) -> Budget | None:
+    from neuron_lens.llm import Budget
+
+    if arguments.budget is None and arguments.max_calls is None:
+        return None
+    price = _price(arguments.price)
+    if arguments.budget is not None and price is None:
+        raise RequestError(
+            "--budget is in money: say what tokens cost with --price IN,OUT, or use --max-calls"
+        )
+    return Budget(max_cost=arguments.budget, max_calls=arguments.max_calls, price=price)
+
+
+def _backend(arguments: argparse.Namespace) -> Backend | None:
+    if arguments.judge is None:
+        return None
+    from neuron_lens.llm import LocalBackend, OpenAIBackend, ScriptedBackend
+
+    kind, _, who = arguments.judge.partition(":")
+    budget = _budget(arguments)
+    if kind == "openai" and who:
+        name, _, url = who.partition("@")
+        return OpenAIBackend(name, base_url=url or None, concurrency=arguments.concurrency, budget=budget)
+    if kind == "local" and who:
+        from neuron_lens.transformer import Transformer
+
+        return LocalBackend(Transformer.load(who).eval(), name=Path(who).name, budget=budget)
+    if kind == "scripted" and who.count(":") == 1:
+        module, function = who.split(":")
+        try:
+            script = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError) as error:
+            raise BackendError(f"--judge {arguments.judge}: there is no such function ({error})") from None
+        return ScriptedBackend(script, name=who, concurrency=arguments.concurrency, budget=budget)
+    raise RequestError(
+        f"--judge {arguments.judge!r}: expected openai:MODEL, openai:MODEL@URL, local:NAME_OR_PATH or "
+        "scripted:MODULE:FUNCTION"
+    )
