@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from neuron_lens.explain.result import RunResult, Score, UnitSummary
 from neuron_lens.report.charts import histogram_svg
@@ -20,16 +21,66 @@ BIN_WIDTH = 0.05
 HIGH_CORRELATION = 0.5
 
 # key, heading, class, the direction of the first click
-COLUMNS = (
+Column = tuple[str, str, str, str]
+_FIRST: tuple[Column, ...] = (
     ("unit", "Unit", "c-unit", "ascending"),
     ("explanation", "Explanation", "", "ascending"),
+)
+_OFFLINE: tuple[Column, ...] = (
     ("correlation", "Test correlation", "c-wide", "descending"),
     ("control", "Control: another unit", "c-figure n optional", "descending"),
     ("auc", "Detection AUC", "c-figure n", "descending"),
+)
+_LAST: tuple[Column, ...] = (
     ("density", "Fires on", "c-figure n", "descending"),
     ("maximum", "Strongest", "c-figure n optional", "descending"),
     ("loss", "Loss without it", "c-figure n optional", "descending"),
 )
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """Which figures the units of a run have; the main one is drawn, and is the one to filter by."""
+
+    offline: bool  # scores of a predicate
+    scorers: tuple[str, ...]  # that asked a judge
+
+    @classmethod
+    def of(cls, units: tuple[UnitSummary, ...]) -> _Figures:
+        scorers = tuple(dict.fromkeys(one.scorer for unit in units for one in unit.judged))
+        return cls(any(unit.scores for unit in units) or not scorers, scorers)
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        judged = tuple(
+            (
+                name,
+                name.replace("_", " ").capitalize(),
+                "c-wide" if not self.offline else "c-figure n",
+                "descending",
+            )
+            for name in self.scorers
+        )
+        return (*_FIRST, *(_OFFLINE if self.offline else ()), *judged, *_LAST)
+
+    @property
+    def main(self) -> tuple[str, str]:
+        """Key and words of the main figure."""
+        if self.offline:
+            return "correlation", "test correlation"
+        return self.scorers[0], f"{self.scorers[0].replace('_', ' ')} score"
+
+    def score(self, unit: UnitSummary) -> Score | None:
+        """A unit's main figure."""
+        if self.offline:
+            return unit.scores.get("correlation")
+        return next((one.score for one in unit.judged if one.scorer == self.scorers[0]), None)
+
+    def control(self, unit: UnitSummary) -> Score | None:
+        """The same for an explanation that should not work."""
+        if self.offline:
+            return _control(unit)
+        return next((one.control for one in unit.judged if one.scorer == self.scorers[0]), None)
 
 
 def index_body(run: RunResult) -> Html:
@@ -37,6 +88,7 @@ def index_body(run: RunResult) -> Html:
     sentences = sorted({unit.sentence for unit in run.units})
     order = {sentence: place for place, sentence in enumerate(sentences)}
     facts = run.run
+    figures = _Figures.of(run.units)
     return fragment(
         element(
             "header",
@@ -52,28 +104,29 @@ def index_body(run: RunResult) -> Html:
         ),
         element(
             "main",
-            _overview(run.units),
+            _overview(run.units, figures),
             element("h2", "Units"),
-            _controls(run.units),
-            element("div", _table(run.units, order), class_="scroll"),
+            _controls(run.units, figures),
+            element("div", _table(run.units, order, figures), class_="scroll"),
             _pager(),
         ),
     )
 
 
-def _overview(units: tuple[UnitSummary, ...]) -> Html:
-    values = [value for unit in units if (value := _value(unit.scores.get("correlation"))) is not None]
-    control = [value for unit in units if (value := _value(_control(unit))) is not None]
-    above = sum(1 for unit in units if (_low(unit.scores.get("correlation")) or 0.0) > HIGH_CORRELATION)
+def _overview(units: tuple[UnitSummary, ...], figures: _Figures) -> Html:
+    values = [value for unit in units if (value := _value(figures.score(unit))) is not None]
+    control = [value for unit in units if (value := _value(figures.control(unit))) is not None]
+    above = sum(1 for unit in units if (_low(figures.score(unit)) or 0.0) > HIGH_CORRELATION)
+    words = figures.main[1]
     cards = [
-        ("Units", f"{len(units):,}", f"{len(values):,} with a test correlation"),
+        ("Units", f"{len(units):,}", f"{len(values):,} with a {words}"),
         ("Interval above 0.5", f"{above:,}", f"{100 * above / len(units):.0f} % of the units"),
     ]
     if values:
         quarter = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
         cards.append(
             (
-                "Median correlation",
+                f"Median {words.removeprefix('test ')}",
                 decimals(quarter[1]),
                 f"middle half {decimals(quarter[0])} to {decimals(quarter[2])}",
             )
@@ -88,7 +141,7 @@ def _overview(units: tuple[UnitSummary, ...]) -> Html:
         class_="cards",
     )
     if not values:
-        return fragment(shown, element("p", "No unit has a test correlation.", class_="note"))
+        return fragment(shown, element("p", f"No unit has a {words}.", class_="note"))
     lowest = min([0.0, *values, *control])
     first = int(lowest // BIN_WIDTH)
     last = round(1 / BIN_WIDTH)
@@ -96,13 +149,13 @@ def _overview(units: tuple[UnitSummary, ...]) -> Html:
     chart = histogram_svg(
         edges,
         _counts(values, first, last),
-        title="Test correlation of every unit",
-        x_label="test correlation",
+        title=f"{words.capitalize()} of every unit",
+        x_label=words,
         y_label="units",
         compared=(_counts(control, first, last), "another unit's explanation") if control else None,
         width=760,
     )
-    caption = "Bars: test correlation of each unit's own explanation."
+    caption = f"Bars: {words} of each unit's own explanation."
     caption += " Outline: the same units predicted by another unit's explanation." if control else ""
     return fragment(shown, element("figure", chart, element("figcaption", caption)))
 
@@ -114,7 +167,7 @@ def _counts(values: list[float], first: int, last: int) -> list[int]:
     return counts
 
 
-def _controls(units: tuple[UnitSummary, ...]) -> Html:
+def _controls(units: tuple[UnitSummary, ...], figures: _Figures) -> Html:
     layers = sorted({unit.unit.layer for unit in units})
     options = [element("option", "all", value="")]
     options += [element("option", str(layer), value=str(layer)) for layer in layers]
@@ -125,7 +178,7 @@ def _controls(units: tuple[UnitSummary, ...]) -> Html:
                         placeholder="words, all must occur"),
                 class_="wide"),
         element("label", "Layer", element("select", options, id="layer")),
-        element("label", "Least correlation",
+        element("label", f"Least {figures.main[1].removeprefix('test ')}",
                 element("input", type="number", id="least", min=-1, max=1, step="0.05", inputmode="decimal")),
         class_="controls", role="search", hidden=True, data_needs_script=True,
     )  # fmt: skip
@@ -141,7 +194,7 @@ def _pager() -> Html:
     )  # fmt: skip
 
 
-def _table(units: tuple[UnitSummary, ...], order: dict[str, int]) -> Html:
+def _table(units: tuple[UnitSummary, ...], order: dict[str, int], figures: _Figures) -> Html:
     heads = [
         element(
             "th",
@@ -151,9 +204,9 @@ def _table(units: tuple[UnitSummary, ...], order: dict[str, int]) -> Html:
             data_key=key,
             data_first=first,
         )
-        for key, words, kind, first in COLUMNS
+        for key, words, kind, first in figures.columns
     ]
-    rows = [_row(unit, order[unit.sentence]) for unit in units]
+    rows = [_row(unit, order[unit.sentence], figures) for unit in units]
     return element(
         "table",
         element(
@@ -162,30 +215,45 @@ def _table(units: tuple[UnitSummary, ...], order: dict[str, int]) -> Html:
         element("thead", element("tr", heads)),
         element("tbody", rows),
         class_="units",
+        data_main=figures.main[0],
     )
 
 
-def _row(unit: UnitSummary, alphabetical: int) -> Html:
-    score = unit.scores.get("correlation")
-    value, low = _value(score), _low(score)
-    interval = f"[{decimals(low)}, {decimals(score.high)}]" if score is not None and low is not None else None
-    filled = 0 if value is None else max(0, min(20, round(20 * value)))
+def _row(unit: UnitSummary, alphabetical: int, figures: _Figures) -> Html:
     place = unit.unit
     # A number that sorts by layer and then by index.
     rank = place.layer * 10**9 + place.index
     link = element("a", f"layer {place.layer} · {place.kind} {place.index}", href=f"{unit.path}/index.html")
+    judged = {one.scorer: one.score for one in unit.judged}
+    offline = [
+        _bar(unit.scores.get("correlation")),
+        _figure(_value(_control(unit)), decimals, "n optional"),
+        _figure(_value(unit.scores.get("detection_auc")), decimals),
+    ]
     return element(
         "tr",
         element("td", link, data_v=rank),
         element("td", sentence_html(unit.sentence), class_="text", data_v=alphabetical),
-        element("td", decimals(value), element("small", interval) if interval else None, data_v=value,
-                class_=f"bar b{filled}" if filled else None),
-        _figure(_value(_control(unit)), decimals, "n optional"),
-        _figure(_value(unit.scores.get("detection_auc")), decimals),
+        offline if figures.offline else None,
+        [
+            _figure(_value(judged.get(name)), decimals) if figures.offline else _bar(judged.get(name))
+            for name in figures.scorers
+        ],
         element("td", percent(unit.density), data_v=unit.density, class_="n"),
         _figure(unit.maximum, number, "n optional"),
         _figure(_value(unit.loss_change), signed, "n optional"),
         data_layer=place.layer,
+    )
+
+
+def _bar(score: Score | None) -> Html:
+    """A score with its interval, and a bar as long as it is."""
+    value, low = _value(score), _low(score)
+    interval = f"[{decimals(low)}, {decimals(score.high)}]" if score is not None and low is not None else None
+    filled = 0 if value is None else max(0, min(20, round(20 * value)))
+    return element(
+        "td", decimals(value), element("small", interval) if interval else None, data_v=value,
+        class_=f"bar b{filled}" if filled else None,
     )  # fmt: skip
 
 

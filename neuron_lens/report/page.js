@@ -51,7 +51,7 @@
   function update() {
     const words = state.q.toLowerCase().split(/\s+/).filter(Boolean);
     const minimum = state.min === "" ? null : Number(state.min);
-    const score = keys.indexOf("correlation");
+    const score = keys.indexOf(table.dataset.main);
     shown = rows.filter((entry) => {
       if (state.layer && entry.layer !== state.layer) return false;
       if (minimum !== null && !(entry.values[score] !== null && entry.values[score] >= minimum)) return false;

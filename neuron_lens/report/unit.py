@@ -12,6 +12,7 @@ from neuron_lens.explain.result import Control, Score, UnitResult
 from neuron_lens.report.charts import Estimate, histogram_svg, interval_svg
 from neuron_lens.report.effects import effect_section, next_tokens_section, rules_section
 from neuron_lens.report.html import Child, Html, element, fragment
+from neuron_lens.report.judged import baseline_section, candidates_section, judged_section, similar_section
 from neuron_lens.report.tables import fact_list, table
 from neuron_lens.report.windows import windows_section
 from neuron_lens.report.words import (
@@ -35,11 +36,15 @@ def unit_body(result: UnitResult, *, index_href: str | None) -> Html:
     crumbs: list[Child] = [element("a", "All units", href=index_href), " · "] if index_href else []
     crumbs += [f"model {result.model.name}, site ", element("code", unit.site)]
     sections = [
-        ("scores", "Scores", _scores(result)),
+        ("scores", "Scores", _scores(result) if result.scores else None),
+        ("judged", "Judge", judged_section(result)),
+        ("candidates", "Candidates", candidates_section(result.explanation)),
         ("windows", "Text", windows_section(result)),
         ("activations", "Activations", _activations(result)),
         ("tokens", "Next tokens", next_tokens_section(result)),
         ("effect", "Effect", effect_section(result.causal)),
+        ("similar", "Similar units", similar_section(result)),
+        ("baseline", "Baseline", baseline_section(result)),
         ("rules", "Rules", rules_section(result.explanation.predicate)),
         ("facts", "Facts", _facts(result)),
     ]
@@ -64,6 +69,10 @@ def _cards(result: UnitResult) -> Html:
         score = result.scores.get(name)
         if score is not None:
             cards.append((score_words(name)[0], decimals(score.value), score_interval(score)))
+    for one in result.judged:
+        cards.append(
+            (one.scorer.replace("_", " ").capitalize(), decimals(one.score.value), score_interval(one.score))
+        )
     statistics = result.statistics
     threshold = f"of {statistics.n_tokens:,} tokens, above {number(statistics.firing_threshold)}"
     cards.append(("Fires on", percent(statistics.density), threshold))
@@ -183,6 +192,8 @@ def _facts(result: UnitResult) -> Html:
         ("documents not lexed", f"{run.n_unlexed_documents:,}"),
         ("window, row", f"{run.window_length} tokens, {run.row_length} tokens"),
         ("explainer", result.explanation.explainer),
+        ("judge", result.explanation.backend or "none"),
+        ("prompt", result.explanation.prompt or "none"),
         ("seed", str(run.seed)),
         ("neuron_lens", run.package_version),
     ]

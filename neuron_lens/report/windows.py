@@ -27,13 +27,13 @@ STRATUM_WORDS = {
 def windows_section(result: UnitResult) -> Html:
     """Held-out windows with the simulation, then training windows; all on one scale, the unit's extreme."""
     scale = max(abs(result.statistics.maximum), abs(result.statistics.minimum))
-    groups = [_test_group(stratum, result.test_windows, scale) for stratum in STRATUM_WORDS]
+    simulated = any(window.simulated is not None for window in result.test_windows)
+    groups = [_test_group(stratum, result.test_windows, scale, simulated) for stratum in STRATUM_WORDS]
     strongest = sorted(result.train_top, key=lambda window: -window.max_activation)
     shown = [_window(window, scale) for window in strongest[:TRAINING_WINDOWS_SHOWN]]
     note = _count(len(shown), len(strongest))
     groups.append(_group("Training windows with the strongest activations", note, [_grid(shown)]))
     groups.append(_strata(result.strata, scale))
-    simulated = any(window.simulated is not None for window in result.test_windows)
     hint = "Point at a token for its figures, or focus a window and use the arrow keys."
     return fragment(
         element("h2", "In text"),
@@ -43,7 +43,8 @@ def windows_section(result: UnitResult) -> Html:
     )
 
 
-def _test_group(stratum: str, windows: Sequence[ScoredWindow], scale: float) -> Html | None:
+def _test_group(stratum: str, windows: Sequence[ScoredWindow], scale: float, simulated: bool) -> Html | None:
+    """`simulated`: whether there is a simulation at all, so that a window without one misses it."""
     title, note = STRATUM_WORDS[stratum]
     scored = [window for window in windows if window.stratum == stratum]
     if stratum == "top":
@@ -52,7 +53,7 @@ def _test_group(stratum: str, windows: Sequence[ScoredWindow], scale: float) -> 
     if stratum == "quantile":
         scored.sort(key=lambda window: -window.window.max_activation)
         shown = scored[:: max(1, len(scored) // TEST_WINDOWS_SHOWN)][:TEST_WINDOWS_SHOWN]
-    drawn = [_window(window.window, scale, window) for window in shown]
+    drawn = [_window(window.window, scale, window if simulated else None) for window in shown]
     words = f"{note}; {_count(len(shown), len(scored))}"
     return _group(title, words, [_grid(drawn)] if drawn else [], opened=stratum == "top")
 

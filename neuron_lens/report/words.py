@@ -26,9 +26,19 @@ SCORE_WORDS: dict[str, tuple[str, float]] = {
     "correlation_random": ("Correlation, random windows", 0.0),
     "detection_accuracy": ("Detection, balanced accuracy", 0.5),
     "detection_auc": ("Detection, AUC", 0.5),
+    "balanced_accuracy": ("Balanced accuracy", 0.5),
+    "auc": ("AUC", 0.5),
+    "ev_correlation_score": ("Correlation of the simulation", 0.0),
+    "rsquared_score": ("R² (against zero)", 0.0),
+    "absolute_dev_explained_score": ("Absolute deviation explained", 0.0),
+    "precision_at_density": ("Precision at the unit's density", 0.0),
 }
 
-CONTROL_WORDS = {"another_unit": "another unit's explanation", "shuffled": "shuffled"}
+CONTROL_WORDS = {
+    "another_unit": "another unit's explanation",
+    "null": "an explanation that says nothing",
+    "shuffled": "shuffled",
+}
 
 
 def score_words(name: str) -> tuple[str, float]:
