@@ -45,6 +45,7 @@ from neuron_lens.records import Unit
 if TYPE_CHECKING:
     from neuron_lens.autoencoders import Autoencoder
     from neuron_lens.harvest.corpus import Corpus
+    from neuron_lens.harvest.reproduce import Reproduction
     from neuron_lens.harvest.settings import HarvestSettings
     from neuron_lens.harvest.sources import Direction, UnitSource
     from neuron_lens.transformer import Transformer
@@ -170,6 +171,26 @@ class Pipeline(NamesUnits):
             judging.score([(self._evidence(unit), explanation) for unit, explanation in pairs])
         backend = self._judge
         return estimate(rehearsal.requests, price=price, is_cached=backend.has if backend else None)
+
+    def verify(self, n_units: int = 8, n_windows: int = 8) -> list[Reproduction]:
+        """Run some of the folder's recorded windows again, and say of each source whether its activations reproduce.
+
+        Raises RequestError when nothing was harvested, or model or corpus are others than the folder's.
+        """
+        from neuron_lens.harvest.reproduce import reproduce
+
+        manifest = self._run_folder.require_manifest()
+        manifest.joined(self._manifest([], []), self.folder)
+        found = []
+        for facts in manifest.sources:
+            source = source_of(facts.units(), self.model, self._dictionaries, self.directions)
+            folder = self._run_folder.harvest / source.name
+            found.append(
+                reproduce(source, folder, self.model_facts.fingerprint, n_units=n_units, n_windows=n_windows)
+            )
+        if not found:
+            raise RequestError(f"{self.folder} holds no harvest to verify")
+        return found
 
     def explain(self, unit: Unit) -> UnitResult:
         """Everything about one unit that needs no judge, without writing it."""

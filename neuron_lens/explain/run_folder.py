@@ -85,13 +85,11 @@ class SourceFacts(Record):
     dictionary: str = ""
     indices: tuple[NonNegativeInt, ...] | None = None
 
-    def units(self, count: int) -> tuple[Unit, ...]:
-        """The first `count` of them, spread evenly where they are named."""
-        named = self.indices if self.indices is not None else tuple(range(count))
-        step = max(1, len(named) // count)
+    def units(self) -> tuple[Unit, ...]:
+        """The units that are named, or the first one."""
         return tuple(
             Unit(kind=self.kind, layer=self.layer, index=index, site=self.site, dictionary=self.dictionary)
-            for index in named[::step][:count]
+            for index in self.indices or (0,)
         )
 
 

@@ -123,7 +123,7 @@ def baseline_section(result: UnitResult) -> Html | None:
 
 
 def similar_section(result: UnitResult) -> Html | None:
-    """Units that are active at the same tokens; links are relative to the unit's folder in a run."""
+    """Units that are active at the same tokens."""
     if not result.similar:
         return None
     rows: list[list[Child]] = [

@@ -245,3 +245,25 @@ def test_a_folder_of_something_else_is_refused_by_name(
     scripted = ["--explainer", "max_activating", "--judge", "scripted:explain.word_judge:scripted"]
     assert main(["explain", "planted", "--corpus", str(texts), *common, *scripted]) == 2
     assert "another explainer" in capsys.readouterr().err
+
+
+def test_verify_tells_what_reproduces_from_what_was_changed(
+    texts: Path, harvested: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    out = copied(harvested, tmp_path / "run")
+    common = ["--corpus", str(texts), "--out", str(out), "--quiet"]
+    assert main(["harvest", "planted", "--heads", "0:2", *common]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "layer0: " in printed and "layer0_head: " in printed and "DO NOT" not in printed
+    path = out / "harvest" / "layer0" / "activations.safetensors"
+    tensors = load_file(path)
+    tensors["random.activations"] = tensors["random.activations"] + tensors["random.activations"].dtype.type(
+        0.1
+    )
+    save_file(tensors, path)
+    assert main(["verify", str(out)]) == 1
+    assert "DO NOT REPRODUCE" in capsys.readouterr().out
