@@ -34,7 +34,6 @@ from neuron_lens.interventions.kinds import (
     Clamp,
     Freeze,
     MeanAblate,
-    Patch,
     ProjectOut,
     ResampleAblate,
     Scale,
@@ -53,6 +52,7 @@ from neuron_lens.interventions.metrics import (
     TokenProbability,
     TokenRank,
 )
+from neuron_lens.interventions.patch import Patch
 from neuron_lens.interventions.patching_result import PatchingResult
 from neuron_lens.interventions.path_patching import Receiver, Sender, path_patch
 from neuron_lens.interventions.places import PerRow, Span, TokenText

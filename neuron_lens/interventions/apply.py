@@ -17,14 +17,14 @@ from neuron_lens.interventions.declared import (
     refuse_mask_beyond,
     site_named,
 )
-from neuron_lens.interventions.kinds import Patch
+from neuron_lens.interventions.patch import Patch
 from neuron_lens.interventions.places import At, keys_meant, located, position_mask
-from neuron_lens.interventions.tensors import Activations
+from neuron_lens.interventions.tensors import Activations, shown_place
 
 if TYPE_CHECKING:
     from neuron_lens.transformer import Transformer
 
-__all__ = ["Edit", "capture", "mean_activations", "part_mask", "to_hooks"]
+__all__ = ["Edit", "Keeper", "capture", "mean_activations", "part_mask", "to_hooks"]
 
 
 def to_hooks(
@@ -53,11 +53,55 @@ def to_hooks(
             if intervention.site != path and path in model.config.absent_sites():
                 continue
             site = Site(path, site_named(path).axes)
-            edit: Any = Edit(intervention, site, autoencoders)
+            keeper = None
+            if isinstance(intervention, Patch) and intervention.reads_elsewhere():
+                keeper = _keep_source(intervention, path, model, hooks)
+            edit: Any = Edit(intervention, site, autoencoders, keeper)
             if intervention.layers is not None and site_named(path).per_layer:
                 edit = AtLayers(intervention.layers).append(edit)
             hooks.append_to_path(f"{path}.fwd", edit)
     return hooks
+
+
+def _keep_source(patch: Patch, path: str, model: Transformer, hooks: TransformerHooks) -> Keeper:
+    """A hook where a patch takes from the same run: it keeps what leaves that site for the patch."""
+    keeper = Keeper(patch)
+    places = {patch.source_place(path, layer) for layer in patch.layers_in(model.config, path)}
+    source = next(iter(places))[0]
+    layers = [layer for _, layer in places if layer is not None]
+    hook: Any = AtLayers(layers).append(keeper) if layers else keeper
+    hooks.append_to_path(f"{source}.fwd2", hook)
+    return keeper
+
+
+class Keeper:
+    """Keeps what passes, for a later hook of the same pass. Compared by the patch it is for."""
+
+    def __init__(self, patch: Patch) -> None:
+        self.patch = patch
+
+    @property
+    def name(self) -> str:
+        """What it is for."""
+        return f"keep for {self.patch.label()}"
+
+    def __call__(self, x: Tensor, run: Run, layer: int | None = None) -> None:
+        run.carried[id(self), layer] = x.clone()  # a later hook may edit the very tensor in place
+
+    def kept(self, run: Run, target: str, layer: int | None) -> Tensor:
+        """What was kept for the patch at a layer of its site. Raises RequestError when the pass began behind it."""
+        place = self.patch.source_place(target, layer)
+        if (id(self), place[1]) not in run.carried:
+            raise RequestError(
+                f"{self.patch.label()}: this pass began behind {shown_place(place)}, where the patch takes from"
+            )
+        tensor: Tensor = run.carried[id(self), place[1]]
+        return tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Keeper) and self.patch == other.patch
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def with_located_text(
@@ -87,9 +131,14 @@ class Edit:
     """The hook of one declared intervention at one site. Compared by what it says."""
 
     def __init__(
-        self, intervention: Intervention, site: Site, autoencoders: Mapping[str, Any] | None = None
+        self,
+        intervention: Intervention,
+        site: Site,
+        autoencoders: Mapping[str, Any] | None = None,
+        keeper: Keeper | None = None,
     ) -> None:
         self.intervention, self.site, self.autoencoders = intervention, site, autoencoders
+        self.keeper = keeper
 
     @property
     def name(self) -> str:
@@ -98,7 +147,7 @@ class Edit:
 
     def __call__(self, x: Tensor, run: Run, layer: int | None = None) -> Tensor:
         mask = part_mask(self.intervention, self.site, run, x)
-        if self._has_no_alignment(run) and mask is not None and not bool(mask.any()):
+        if isinstance(self.intervention, Sourced) and run.step and mask is not None and not bool(mask.any()):
             return x  # nothing of this generation step is meant, so there is nothing to align
         at = self._at(run, layer, x, mask)
         changed = self.intervention.changed(x, at)
@@ -107,7 +156,7 @@ class Edit:
         return torch.where(mask, changed, x)
 
     def _at(self, run: Run, layer: int | None, x: Tensor, meant: Tensor | None) -> At:
-        if self._has_no_alignment(run):
+        if self._has_no_alignment(run, layer):
             raise RequestError(
                 f"{self.name}: a recorded run cannot be aligned with what padded rows read behind a key-value cache; "
                 f"name positions of the prompt, or generate row by row"
@@ -121,14 +170,18 @@ class Edit:
             positions=None if uniform else run.positions(x.device),
             keys=None if uniform else run.key_positions(x.device),
             meant=meant,
+            kept=None if self.keeper is None else self.keeper.kept(run, self.site.path, layer),
             autoencoders=self.autoencoders,
         )
 
-    def _has_no_alignment(self, run: Run) -> bool:
+    def _has_no_alignment(self, run: Run, layer: int | None) -> bool:
         """Whether columns of a source cannot be found for those of this pass: its rows began at different positions."""
-        if not isinstance(self.intervention, Sourced) or run.uniform:
+        if not isinstance(self.intervention, Sourced) or self.intervention.source is None or run.uniform:
             return False
-        return not (isinstance(run.starts, int) and run.starts == 0)
+        if isinstance(run.starts, int) and run.starts == 0:
+            return False
+        source = self.intervention.source[self.intervention.source_place(self.site.path, layer)]
+        return source.shape[self.site.dim("pos")] > 1  # one value for all positions needs no alignment
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Edit) and (self.intervention, self.site) == (other.intervention, other.site)

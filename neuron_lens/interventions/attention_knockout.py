@@ -102,7 +102,8 @@ class AttentionKnockout(Intervention):
             assert at.keys is not None, "padded rows come with the positions of their keys"
             # -1 would be named by a negative key of a row too short for it; padding looks at itself alone
             query = torch.where(at.positions < 0, _PADDING, at.positions)
-            return query[:, None, :, None], torch.where(at.keys < 0, _PADDING, at.keys)[:, None, None, :]
+            keys = at.keys[:, : x.shape[-1]]
+            return query[:, None, :, None], torch.where(keys < 0, _PADDING, keys)[:, None, None, :]
         query = torch.arange(at.start, at.start + x.shape[-2], device=x.device)[:, None]
         return query, torch.arange(x.shape[-1], device=x.device)[None, :]
 

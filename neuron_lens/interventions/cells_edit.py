@@ -34,7 +34,7 @@ class PromptFrame:
             start=first,
             ends=prompts.ends,
             positions=prompts.positions[:, first : first + columns] if padded else None,
-            keys=prompts.positions[:, : first + columns] if padded else None,
+            keys=prompts.positions if padded else None,
             meant=meant,
             autoencoders=self.autoencoders,
         )

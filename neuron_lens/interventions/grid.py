@@ -10,7 +10,7 @@ from typing import Any
 from neuron_lens.errors import RequestError
 from neuron_lens.hooks import TransformerHooks
 from neuron_lens.interventions.declared import Intervention
-from neuron_lens.interventions.kinds import Patch
+from neuron_lens.interventions.patch import Patch
 from neuron_lens.interventions.tensors import Activations
 
 __all__ = ["Cell", "Grid", "as_grid", "grid"]

@@ -1,8 +1,8 @@
-"""The kinds of intervention that overwrite, shift or project what a site holds."""
+"""The kinds of intervention that overwrite, shift or project what a site holds; patches have a file of their own."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -20,7 +20,6 @@ __all__ = [
     "Clamp",
     "Freeze",
     "MeanAblate",
-    "Patch",
     "ProjectOut",
     "ResampleAblate",
     "Scale",
@@ -154,102 +153,6 @@ class ProjectOut(Intervention):
         )
         if self.units is not None:
             raise RequestError(f"{self.label()}: a projection mixes all units; leave units out")
-
-
-class Patch(Sourced):
-    """Replace by what another run had there (activation patching, causal tracing, interchange).
-
-    source: activations of the other run; None takes from the same run, at `source_positions`.
-    source_positions: take from these positions instead: one for all selected positions, or one for each of `positions`.
-    source_layer: take from this layer instead. source_site: take from this site (of the same shape) instead.
-    source_row: take from this row of the source for every row.
-    """
-
-    kind: Literal["patch"] = "patch"
-    source: Activations | None = None  # type: ignore[assignment]
-    source_positions: tuple[int, ...] | None = None
-    source_layer: int | None = None
-    source_site: str | None = None
-    source_row: int | None = None
-
-    @field_validator("source_positions", mode="before")
-    @classmethod
-    def _one_or_more(cls, given: Any) -> Any:
-        return (given,) if isinstance(given, int) and not isinstance(given, bool) else given
-
-    @model_validator(mode="after")
-    def _says_from_where(self) -> Self:
-        if self.source is None:
-            if self.source_positions is None:
-                raise ValueError(
-                    "give source (another run's activations), or source_positions to take from the same run"
-                )
-            if self.source_layer is not None or self.source_site is not None or self.source_row is not None:
-                raise ValueError("another layer, site or row is taken from a recorded run: give source")
-        many = self.source_positions is not None and len(self.source_positions) > 1
-        if many and not (
-            isinstance(self.positions, tuple) and len(self.positions) == len(self.source_positions or ())
-        ):
-            raise ValueError(
-                "give one source position, or positions as a list with as many entries as source_positions"
-            )
-        return self
-
-    def source_place(self, path: str, layer: int | None) -> tuple[str, int | None]:
-        return self.source_site or path, layer if self.source_layer is None else self.source_layer
-
-    def depends_on_place(self) -> bool:
-        return self.source_positions is not None and len(self.source_positions) > 1
-
-    def looks_back_to(self, length: int) -> int | None:
-        if self.source is not None or self.source_positions is None:
-            return None
-        return min(p % length if p < 0 else p for p in self.source_positions)
-
-    def changed(self, x: Tensor, at: At) -> Tensor:
-        if self.source_positions is not None:
-            return self._moved(x, at)
-        source = self.aligned(x, at, self.source_place(at.site.path, at.layer))
-        return source if self.source_row is None else source[self.source_row : self.source_row + 1]
-
-    def _moved(self, x: Tensor, at: At) -> Tensor:
-        """The source's positions at the places of the target's."""
-        dim = at.dim("pos")
-        wanted = self.source_positions or ()
-        if self.source is None:
-            source, start, end = x, at.start, at.ends
-        else:
-            source, start = self.source[self.source_place(at.site.path, at.layer)].to(x.device, x.dtype), 0
-            end = source.shape[dim]
-            if self.source_row is not None:
-                source = source[self.source_row : self.source_row + 1]
-        columns = [self._column(p, end, start, source.shape[dim]) for p in wanted]
-        if len(columns) == 1:
-            return source.narrow(dim, columns[0], 1)
-        assert isinstance(self.positions, tuple), "checked when built"
-        targets = [self._column(p, at.ends, at.start, 2**62) for p in self.positions]
-        inside = [(t, c) for t, c in zip(targets, columns, strict=True) if 0 <= t < x.shape[dim]]
-        index = torch.tensor([t for t, _ in inside], device=x.device)
-        taken = source.index_select(dim, torch.tensor([c for _, c in inside], device=x.device))
-        shape = list(x.shape)
-        shape[dim] = len(inside)
-        return x.index_copy(dim, index, taken.expand(shape))
-
-    def _column(self, position: int, end: int | Tensor | None, start: int, size: int) -> int:
-        if not isinstance(end, int):
-            raise RequestError(
-                f"{self.label()}: source_positions need rows of equal length; use PerRow patches of recorded runs"
-            )
-        column = (position + end if position < 0 else position) - start
-        if column >= size or (size < 2**62 and column < 0):
-            raise RequestError(
-                f"{self.label()}: position {position} is not in the run it is taken from ({size} positions)"
-            )
-        return column
-
-    def _check_values(self, config: TransformerConfig, path: str) -> None:
-        if self.source is not None:
-            super()._check_values(config, path)
 
 
 class AddRecorded(Sourced):

@@ -23,8 +23,8 @@ from neuron_lens.interventions.circuits.nodes import GraphShape, Node
 from neuron_lens.interventions.circuits.reads import MLP_IN, STREAM_OUT, ReadsMore, read_site
 from neuron_lens.interventions.circuits.senders import sender_outputs
 from neuron_lens.interventions.grid import Grid
-from neuron_lens.interventions.kinds import Patch
 from neuron_lens.interventions.metrics import Metric
+from neuron_lens.interventions.patch import Patch
 from neuron_lens.interventions.places import Frozen
 from neuron_lens.interventions.sweep import sweep
 from neuron_lens.interventions.sweep_result import SweepResult

@@ -203,8 +203,10 @@ class At:
         start: column of the source run that the tensor's first column aligns with.
         ends: real tokens of the prompt, from which negative positions count: one int, or [batch] when rows differ.
         positions: absolute position of each column [batch, pos], -1 where padding; None without padding.
-        keys: absolute position of each key [batch, key_pos], -1 where padding; None when they are 0, 1, 2, …
+        keys: absolute position of each column from the prompt's first on, -1 where padding [batch, at least key_pos];
+            None when they are 0, 1, 2, …
         meant: which part of the tensor the edit is for, bool, broadcasts to it; None for all of it.
+        kept: what another place of the same run held, for a patch that takes it from there.
         autoencoders: by name, for edits of latents.
     """
 
@@ -215,6 +217,7 @@ class At:
     positions: Tensor | None = None
     keys: Tensor | None = None
     meant: Tensor | None = None
+    kept: Tensor | None = None
     autoencoders: Any = None
 
     def dim(self, axis: Axis) -> int:

@@ -26,7 +26,6 @@ from neuron_lens.interventions.kinds import (
     Clamp,
     Freeze,
     MeanAblate,
-    Patch,
     ProjectOut,
     ResampleAblate,
     Scale,
@@ -34,6 +33,7 @@ from neuron_lens.interventions.kinds import (
     Zero,
 )
 from neuron_lens.interventions.latents import EditLatents
+from neuron_lens.interventions.patch import Patch
 from neuron_lens.interventions.places import validation_text
 from neuron_lens.interventions.tensors import Activations, TensorData, tensor_digest
 

@@ -22,7 +22,7 @@ from neuron_lens.interventions.declared import Intervention
 from neuron_lens.interventions.grid import Cell, Grid, as_grid
 from neuron_lens.interventions.metrics import AnyMetric, Columns, bind_metrics, vocab_read
 from neuron_lens.interventions.runs import weights_hash
-from neuron_lens.interventions.sweep_plan import Job, jobs_of
+from neuron_lens.interventions.sweep_plan import Job, jobs_of, takes_from_elsewhere
 from neuron_lens.interventions.sweep_result import SweepResult
 from neuron_lens.interventions.sweep_run import SweepRunner
 from neuron_lens.interventions.tensors import tensor_digest
@@ -76,7 +76,7 @@ def sweep(
     _check_prompts(tokens, reference_tokens)
     vocab = vocab_read(metric)
     metrics = bind_metrics(metric, tokens, pad, logits_at, vocab=vocab)
-    users = any(isinstance(cell, TransformerHooks) for cell in given.cells)
+    users = any(isinstance(cell, TransformerHooks) or takes_from_elsewhere(cell) for cell in given.cells)
     runner = SweepRunner(model, tokens, pad, metrics, memory_budget, autoencoders, vocab=vocab, whole=users)
     with torch.no_grad():
         jobs = jobs_of(given, model, tokens, pad, runner.stop, autoencoders)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,16 +31,21 @@ class SharedPrompts:
         self.positions = whole.positions(tokens.device)
         self.ends = whole.ends(tokens.device)
 
-    def run(self, cells: int, first: int, stop: int, config: object) -> Run:
-        """A pass over columns first … stop − 1 of every row, the rows repeated for each cell."""
+    def run(self, cells: int, first: int, stop: int, config: object, carried: dict[Any, Any]) -> Run:
+        """A pass over columns first … stop − 1 of every row, the rows repeated for each cell.
+
+        carried: what hooks leave for later hooks of the same cell, whose layers are run in passes of their own.
+        """
         tokens = self.tokens[:, first:stop].repeat(cells, 1)
         rows, columns = tokens.shape
         if self.pad is None:
-            return Run(rows, columns, tokens, None, first, self.length, config=config)
+            return Run(rows, columns, tokens, None, first, self.length, config=config, carried=carried)
         assert isinstance(self.ends, Tensor), "padded rows have ends of their own"
         starts = (self.positions[:, :first] >= 0).sum(-1).repeat(cells) if first else 0
         pad = self.pad[:, first:stop].repeat(cells, 1)
-        return Run(rows, columns, tokens, pad, starts, self.ends.repeat(cells), config=config)
+        return Run(
+            rows, columns, tokens, pad, starts, self.ends.repeat(cells), config=config, carried=carried
+        )
 
 
 class CleanRun:

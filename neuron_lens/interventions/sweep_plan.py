@@ -15,16 +15,17 @@ from torch import Tensor
 
 from neuron_lens.errors import HookError, RequestError
 from neuron_lens.hooks import Run, TransformerHooks
-from neuron_lens.interventions.apply import with_located_text
+from neuron_lens.interventions.apply import to_hooks, with_located_text
 from neuron_lens.interventions.declared import Intervention, site_named
 from neuron_lens.interventions.grid import Cell, Grid
+from neuron_lens.interventions.patch import Patch
 from neuron_lens.interventions.places import position_mask
 from neuron_lens.transformer import TransformerConfig
 
 if TYPE_CHECKING:
     from neuron_lens.transformer import Transformer
 
-__all__ = ["Group", "Job", "Part", "jobs_of", "row_bytes"]
+__all__ = ["Group", "Job", "Part", "jobs_of", "row_bytes", "takes_from_elsewhere"]
 
 # Sites behind the mixing of positions in a block: an edit at position p leaves the other positions of that
 # block's output as they were.
@@ -160,6 +161,13 @@ class _Reader:
     def job(self, index: int, cell: Cell) -> Job:
         if isinstance(cell, TransformerHooks):
             return self._hooks_job(index, cell)
+        if takes_from_elsewhere(cell):  # what it takes must be kept on the way, so it runs as hooks do
+            for intervention in cell:
+                self._parts(intervention)  # checks it
+            hooks = to_hooks(
+                cell, self.model, tokens=self.tokens, pad=self.pad, autoencoders=self.autoencoders
+            )
+            return self._hooks_job(index, hooks)
         parts: list[Part] = []
         for intervention in cell:
             parts += self._parts(intervention)
@@ -270,6 +278,13 @@ class _Reader:
         if not starts:
             raise RequestError("the hooks of this cell act at no layer: it touches nothing")
         return Job(index, (), min(starts), 0, self.length - 1, hooks)
+
+
+def takes_from_elsewhere(cell: Cell) -> bool:
+    """Whether a patch of a cell takes from another site or layer of the same run."""
+    if isinstance(cell, TransformerHooks):
+        return False
+    return any(isinstance(one, Patch) and one.reads_elsewhere() for one in cell)
 
 
 def _columns_of(part: Part) -> tuple[int, int]:

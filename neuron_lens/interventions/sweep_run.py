@@ -58,6 +58,7 @@ class SweepRunner:
         self.frame = PromptFrame(self.prompts, autoencoders)
         self.memory_budget = memory_budget
         self.clean: CleanRun | None = None
+        self._carried: dict[Any, Any] = {}
 
     def start(self) -> CleanRun:
         """The clean run, made once."""
@@ -144,6 +145,7 @@ class SweepRunner:
         """Metrics of each job of a group, by the job's index."""
         clean, n_layers, first = self.start(), self.model.config.n_layers, group.first
         active, waiting = list[Job](), list(group.jobs)
+        self._carried = {}
         results: dict[int, dict[str, Tensor]] = {}
         x: Tensor | None = None
         for layer in range(n_layers):
@@ -179,7 +181,7 @@ class SweepRunner:
 
     def _pass(self, cells: int, first: int, stop: int) -> dict[str, Any]:
         """What a pass over some columns of the rows of some cells is given beside its tensor."""
-        run = self.prompts.run(cells, first, stop, self.model.config)
+        run = self.prompts.run(cells, first, stop, self.model.config, self._carried)
         return {"run": run, "pad": run.pad, "kv_cache": self.start().prefix(first, cells)}
 
     def _narrow_entry(self, layer: int, jobs: list[Job], x: Tensor | None, first: int) -> Tensor:
