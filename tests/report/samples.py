@@ -7,14 +7,20 @@ import re
 
 from neuron_lens.explain.result import (
     AblationEffect,
+    Baseline,
+    CandidateScore,
     CausalEffect,
     Control,
     Explanation,
     ModelFacts,
     Predicate,
+    QuantileScore,
     RunFacts,
     Score,
     ScoredWindow,
+    ScorerControl,
+    ScorerResult,
+    SimilarUnit,
     SplitCounts,
     Table,
     TableEntry,
@@ -244,3 +250,60 @@ def many_results(count: int) -> list[UnitResult]:
             )
         )
     return results
+
+
+def judged(name: str, level: float | None, control: float | None = 0.5, chance: float = 0.5) -> ScorerResult:
+    """What a scorer says of an explanation as good as `level`."""
+    figure = "ev_correlation_score" if name == "simulation" else "balanced_accuracy"
+    return ScorerResult(
+        scorer=name,
+        part="test",
+        explanation="the word self",
+        headline=figure,
+        chance=chance,
+        scores={figure: score(level, n=50), "precision_at_density": score(None)},
+        controls=(
+            ScorerControl(name="another_unit", sentence="digits", scores={figure: score(control, n=50)}),
+            ScorerControl(name="shuffled", sentence=None, scores={figure: score(chance, n=50)}),
+        ),
+        quantiles=(QuantileScore(index=0, low=1.0, high=2.0, score=score(level, n=10)),),
+        prompt=f"{name}@0123456789ab",
+        backend="openai words",
+        calls=10,
+        missing={"refused": 1},
+        notes=("levels were compared with activations",),
+    )
+
+
+def judged_result(index: int = 17, *, level: float | None = 0.9, simulated: bool = True) -> UnitResult:
+    """A unit explained and scored by a judge, in place of token statistics."""
+    plain = unit_result(index, small=True)
+    windows = plain.test_windows
+    windows = (*windows[:-1], windows[-1].model_copy(update={"simulated": None}))
+    if not simulated:
+        windows = tuple(window.model_copy(update={"simulated": None}) for window in windows)
+    return plain.model_copy(
+        update={
+            "explanation": Explanation(
+                explainer="max_activating",
+                sentence="the word `self` in methods",
+                prompt="max_activating@0123456789ab",
+                backend="openai words",
+                another="digits",
+                chosen_by="detection",
+                candidates=(
+                    CandidateScore(
+                        sentence="the word `self` in methods", chosen=True, validation=score(0.9, n=50)
+                    ),
+                    CandidateScore(sentence=None, missing="it was refused"),
+                ),
+            ),
+            "scores": {},
+            "controls": (),
+            "baseline": Baseline(explanation=plain.explanation, scores=plain.scores, controls=plain.controls),
+            "judged": (judged("detection", level), judged("simulation", level, 0.0, 0.0)),
+            "unscored": {"attention_pairs": "no pairs of tokens"},
+            "similar": (SimilarUnit(unit=Unit(layer=2, index=3), pearson=0.4, jaccard=0.2, cosine=-0.1),),
+            "test_windows": windows,
+        }
+    )
