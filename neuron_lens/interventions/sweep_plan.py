@@ -19,7 +19,7 @@ from neuron_lens.interventions.apply import to_hooks, with_located_text
 from neuron_lens.interventions.declared import Intervention, site_named
 from neuron_lens.interventions.grid import Cell, Grid
 from neuron_lens.interventions.patch import Patch
-from neuron_lens.interventions.places import position_mask
+from neuron_lens.interventions.places import keys_meant, position_mask
 from neuron_lens.transformer import TransformerConfig
 
 if TYPE_CHECKING:
@@ -203,6 +203,18 @@ class _Reader:
         rows = [row for row in intervention.rows or () if row >= self.rows]
         if rows:
             raise RequestError(f"row {rows[0]} does not exist: the batch has {self.rows}")
+        if intervention.keys is not None:
+            whole = Run(self.rows, self.length, pad=self.pad)
+            at = whole.positions(self.tokens.device)
+            found = keys_meant(intervention.keys, at, whole.ends(at.device))[
+                list(intervention.rows or range(self.rows))
+            ]
+            missing = ~found.any(-1).any(0)
+            if bool(missing.any()):
+                key = intervention.keys[int(missing.nonzero()[0])]
+                raise RequestError(
+                    f"key {key} is in none of the prompts, whose longest has {self.length} tokens"
+                )
         named = intervention.autoencoder if hasattr(intervention, "autoencoder") else None
         if named is not None and named not in (self.autoencoders or {}):
             raise RequestError(f"no autoencoder is called {named!r}; pass autoencoders={{{named!r}: …}}")

@@ -329,6 +329,8 @@ BAD_CELLS = [
     (Zero(site=STREAM, layers=3), "layer 3 does not exist"),
     (Zero(site="attn.v_out", heads=4), "head 4 does not exist"),
     (Zero(site=STREAM, rows=2), "row 2 does not exist"),
+    (Zero(site="attn.qk_probs", keys=7), "key 7 is in none of the prompts"),
+    (AttentionKnockout(keys=(1, -8), when="after"), "key -8 is in none of the prompts"),
     (TransformerHooks(), "touches nothing"),
     ("nonsense", "expected an intervention"),
 ]
