@@ -211,9 +211,9 @@ class _Reader:
             ]
             missing = ~found.any(-1).any(0)
             if bool(missing.any()):
-                key = intervention.keys[int(missing.nonzero()[0])]
+                absent = intervention.keys[int(missing.nonzero()[0])]
                 raise RequestError(
-                    f"key {key} is in none of the prompts, whose longest has {self.length} tokens"
+                    f"key {absent} is in none of the prompts, whose longest has {self.length} tokens"
                 )
         named = intervention.autoencoder if hasattr(intervention, "autoencoder") else None
         if named is not None and named not in (self.autoencoders or {}):
