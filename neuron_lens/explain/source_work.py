@@ -19,6 +19,8 @@ from neuron_lens.explain.unit import ExplainedUnit, UnitWindows, explain_windows
 from neuron_lens.records import Unit
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from neuron_lens.harvest.ablation import AblatedTokens
     from neuron_lens.harvest.shard import LayerHarvest, UnitActivations
     from neuron_lens.harvest.sources import UnitSource
@@ -128,6 +130,20 @@ class SourceWork:
         logits = self._logits_of(index)
         return ((), ()) if logits is None else self._extremes(logits.astype(np.float64))
 
+    @cached_property
+    def _read(self) -> Tensor | None:
+        """The directions the kept units read; None without a single one each."""
+        return self.source.read()
+
+    def input_tokens(self, index: int) -> Tokens:
+        """The tokens whose embeddings drive the unit most, by its weights; none where it reads no single direction."""
+        from neuron_lens.harvest.sources.embeddings import embeddings_read
+
+        if self._read is None:
+            return ()
+        own = self._read[self.source.column(index)]
+        return self._extremes(embeddings_read(self.source.model, own).double().cpu().numpy())[0]
+
     def _extremes(self, values: NDArray[np.float64]) -> tuple[Tokens, Tokens]:
         texts = self.harvest.windows.token_texts
         order = np.argsort(-values, kind="stable")
@@ -150,7 +166,12 @@ class SourceWork:
     def evidence(self, index: int) -> Evidence:
         """What explainers and scorers that ask a judge see of a unit."""
         promoted, suppressed = self.output_tokens(index)
-        return Evidence.of(self.explained(index), promoted=promoted, suppressed=suppressed)
+        return Evidence.of(
+            self.explained(index),
+            promoted=promoted,
+            suppressed=suppressed,
+            reads=self.input_tokens(index),
+        )
 
     def similar(self, index: int) -> tuple[SimilarUnit, ...]:
         """The units that are active at the same tokens, most similar first."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from neuron_lens.explain import source_work
+from neuron_lens.explain.explainers import LogitWeights
 from neuron_lens.explain.pipeline import Pipeline
 
 from . import planted
@@ -38,3 +40,19 @@ def test_a_unit_left_over_alone_has_a_control(monkeypatch: pytest.MonkeyPatch, t
     for unit in UNITS:
         another = pipeline.explain(unit).controls[0]
         assert another.description != f"the explanation of {unit}"
+
+
+def test_evidence_says_what_a_unit_reads(tmp_path: Path) -> None:
+    model = planted.model()
+    with torch.no_grad():
+        weight = model.blocks[0].mlp.up.weight
+        weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * 1e-3)
+    pipeline = Pipeline(model, planted.corpus(12), tmp_path, settings=SETTINGS, progress=False, pages=False)
+    pipeline.run(UNITS)
+    for unit in UNITS:
+        (work,) = pipeline._work.values()
+        evidence = work.evidence(unit.index)
+        values = [one.value for one in evidence.reads]
+        assert len(values) == 10 and values == sorted(values, reverse=True) and values[0] > 0
+        assert "reads" in LogitWeights().slots(evidence)
+        assert evidence.reads[0].token.strip() in LogitWeights().slots(evidence)["reads"]

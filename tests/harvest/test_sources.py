@@ -24,6 +24,7 @@ from neuron_lens.harvest.sources import (
     UnitSource,
 )
 from neuron_lens.harvest.sources.base import dense_latents, logits_written
+from neuron_lens.harvest.sources.embeddings import embeddings_read
 from neuron_lens.hooks import TransformerHooks
 from neuron_lens.records import Unit
 from neuron_lens.transformer import Transformer, TransformerConfig
@@ -194,6 +195,52 @@ def test_written_directions_are_what_units_add_to_the_stream(model: Transformer)
     logits = logits_written(model, written)
     assert logits.shape == (len(written), model.config.d_vocab)
     torch.testing.assert_close(logits.mean(-1), torch.zeros(len(written)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mlp", ["plain", "gated"])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_read_tokens_are_those_that_drive_the_unit(norm: str, mlp: str) -> None:
+    """In the first block, without attention, a pre-activation is the weights' figure over the embedding's size."""
+    config = TransformerConfig(
+        name="reader", n_layers=1, d_model=16, n_heads=2, d_mlp=24, d_vocab=40, n_ctx=8, norm=norm, mlp=mlp,
+        position="none", activation="silu",
+    )  # fmt: skip
+    reader = Transformer(config, seed=0).eval()
+    hooks = TransformerHooks()
+    recording = hooks.record("mlp.pre_act")
+    with torch.no_grad():
+        for name, parameter in reader.named_parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+            if "attn.out" in name:
+                parameter.zero_()
+            if name.endswith(("ln_mlp.bias", "up.bias", "gate.bias")):
+                parameter.zero_()
+        reader(torch.arange(40)[:, None], hooks=hooks)
+        held = reader.embed.weight
+        size = (held - held.mean(-1, keepdim=True) if norm == "layer" else held).square().mean(-1).sqrt()
+    source = NeuronSource(reader, 0)
+    read = source.read()
+    assert read is not None and read.shape == (24, 16)
+    expected = (recording["mlp.pre_act", 0][:, 0] * size[:, None]).T
+    expected = expected - expected.mean(-1, keepdim=True)
+    torch.testing.assert_close(embeddings_read(reader, read), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_a_latent_reads_its_encoder_column_where_the_site_holds_the_stream(model: Transformer) -> None:
+    sources = _sources(model)
+    assert sources["head"].read() is None
+    topk = sources["topk"]
+    assert isinstance(topk, LatentSource)
+    assert torch.equal(topk.read(), topk.autoencoder.W_enc[:, list(topk.indices)].T)  # type: ignore[arg-type]
+    hidden = LatentSource(model, _autoencoder("relu", Site(path="resid.torso.post_ln_mlp", layer=1)), [0])
+    read, weight = hidden.read(), model.blocks[1].ln_mlp.weight  # type: ignore[union-attr]
+    assert read is not None
+    expected = hidden.autoencoder.W_enc[:, list(hidden.indices)].T * weight  # type: ignore[operator]
+    torch.testing.assert_close(read, expected - expected.mean(-1, keepdim=True))
+    assert (
+        LatentSource(model, _autoencoder("relu", Site(path="mlp.post_act", layer=1), d_in=24), [0]).read()
+        is None
+    )
 
 
 def test_a_range_of_sparse_latents_is_that_range_of_the_dense_ones() -> None:

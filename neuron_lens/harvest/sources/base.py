@@ -143,6 +143,11 @@ class UnitSource(ABC):
         one."""
         return None
 
+    def read(self) -> Tensor | None:
+        """The direction of the stream that drives each kept unit `[unit, d_model]`, None where there is no single
+        one; see `embeddings_read`."""
+        return None
+
 
 class _Catcher:
     """A hook that keeps what passes under a name."""

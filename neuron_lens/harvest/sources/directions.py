@@ -10,6 +10,7 @@ from torch import Tensor
 
 from neuron_lens.errors import RequestError
 from neuron_lens.harvest.sources.base import Caught, Cut, UnitSource
+from neuron_lens.harvest.sources.embeddings import through_norm
 from neuron_lens.hooks import AtLayers, TransformerHooks
 
 if TYPE_CHECKING:
@@ -85,3 +86,7 @@ class DirectionSource(UnitSource):
     def written(self) -> Tensor | None:
         """The directions themselves, where the site is the stream."""
         return self.vectors if self.site.removeprefix("resid.torso.") in _STREAM else None
+
+    def read(self) -> Tensor | None:
+        """The directions themselves, where the site holds the stream."""
+        return through_norm(self.model, self.vectors, self.site, self.layer)

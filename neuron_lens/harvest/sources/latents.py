@@ -17,6 +17,7 @@ from neuron_lens.autoencoders import Autoencoder, splice
 from neuron_lens.autoencoders.activations import RankedActivation
 from neuron_lens.errors import RequestError
 from neuron_lens.harvest.sources.base import Caught, Cut, UnitSource, dense_latents
+from neuron_lens.harvest.sources.embeddings import through_norm
 from neuron_lens.hooks import TransformerHooks
 
 if TYPE_CHECKING:
@@ -133,6 +134,14 @@ class LatentSource(UnitSource):
         if site.path == "attn.v_out" and rows.shape[-1] == block.attn.out.weight.shape[1]:
             return rows @ block.attn.out.weight.detach().float().T
         return None
+
+    def read(self) -> Tensor | None:
+        """Encoder columns, where the site holds the stream, as it is or behind a norm."""
+        if self._read.head is not None:
+            return None
+        return through_norm(
+            self.model, self.autoencoder.W_enc[:, list(self.indices)].T, self.site, self.layer
+        )
 
     def _require_width(self) -> None:
         config = self.model.config

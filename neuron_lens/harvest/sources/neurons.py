@@ -9,6 +9,7 @@ from torch import Tensor
 
 from neuron_lens.errors import RequestError
 from neuron_lens.harvest.sources.base import Caught, Cut, UnitSource
+from neuron_lens.harvest.sources.embeddings import through_norm
 from neuron_lens.hooks import AtLayers, TransformerHooks
 
 if TYPE_CHECKING:
@@ -48,3 +49,12 @@ class NeuronSource(UnitSource):
         """The neurons' output weights."""
         block: Any = self.model.blocks[self.layer]
         return block.mlp.down.weight.T if self.site == "mlp.post_act" else None
+
+    def read(self) -> Tensor | None:
+        """The neurons' input weights behind the norm before the MLP; of gated MLPs those of the gate, which decides
+        whether a neuron fires."""
+        if self.site not in ("mlp.post_act", "mlp.pre_act"):
+            return None
+        mlp: Any = self.model.blocks[self.layer].mlp
+        own = mlp.gate if self.model.config.mlp == "gated" else mlp.up
+        return through_norm(self.model, own.weight, "resid.torso.post_ln_mlp", self.layer)
