@@ -133,7 +133,7 @@ class Pipeline(NamesUnits):
         """
         self._require_judge()
         self._prepare(units)
-        summaries, reasons = self._finished(), dict[str, str]()
+        summaries, reasons = self._run_folder.finished(self.model_facts, self._run_facts), dict[str, str]()
         todo = [unit for unit in units if unit.name not in summaries or self._unscored(summaries[unit.name])]
         try:
             with tqdm(todo, desc="units", unit="unit", disable=not self.progress or not todo) as bar:
@@ -156,7 +156,7 @@ class Pipeline(NamesUnits):
         """
         self._require_judge()
         self._prepare(units)
-        summaries, rehearsal = self._finished(), Rehearsal()
+        summaries, rehearsal = self._run_folder.finished(self.model_facts, self._run_facts), Rehearsal()
         for block in self._blocks(units):
             judging = replace(self._judging(block), rehearsal=rehearsal, progress=False)
             done = [self._run_folder.read(unit) if unit.name in summaries else None for unit in block]
@@ -286,10 +286,6 @@ class Pipeline(NamesUnits):
         explainer: Method | None = None,
         scorers: Sequence[BaseScorer] = (),
     ) -> Manifest:
-        def named(source: UnitSource) -> tuple[int, ...] | None:
-            own = (unit.index for unit in units if self._sources[unit] is source)
-            return tuple(sorted(own)) if source.kind in ("latent", "direction") else None
-
         return Manifest(
             method_version=_VERSION,
             model=self.model_facts,
@@ -300,13 +296,7 @@ class Pipeline(NamesUnits):
             ),
             harvest=self._settings.plain(),
             sources=tuple(
-                SourceFacts(
-                    kind=source.kind,
-                    layer=source.layer,
-                    site=source.site,
-                    dictionary=source.dictionary,
-                    indices=named(source),
-                )
+                SourceFacts.of(source, [unit for unit in units if self._sources[unit] is source])
                 for source in sources
             ),
             explainer=explainer,
@@ -425,26 +415,6 @@ class Pipeline(NamesUnits):
             seed=self._settings.seed,
             settings=digest.hexdigest(),
         )
-
-    def _finished(self) -> dict[str, UnitSummary]:
-        """Summaries of the units of this very run that the folder holds, by name."""
-        summaries: dict[str, UnitSummary] = {}
-        index = self._run_folder.index
-        if index.is_file():
-            run = RunResult.read(index)
-            if (run.model, run.run) == (self.model_facts, self._run_facts):
-                summaries = {
-                    one.unit.name: one
-                    for one in run.units
-                    if (self.folder / one.path / "result.json").is_file()
-                }
-        # A killed run has units that no index lists.
-        for path in sorted((self.folder / "units").glob("*/result.json")):
-            if path.parent.name not in summaries:
-                result = UnitResult.read(path)
-                if (result.model, result.run) == (self.model_facts, self._run_facts):
-                    summaries[result.unit.name] = result.summary()
-        return summaries
 
     def _write(self, result: UnitResult) -> None:
         """The page first: a unit counts as done when its result.json is there."""

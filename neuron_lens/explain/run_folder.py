@@ -12,9 +12,9 @@ A folder holds one model on one corpus with one explainer; scorers can be added.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, NonNegativeInt, ValidationError
 
@@ -22,11 +22,14 @@ import neuron_lens
 from neuron_lens.errors import RequestError
 from neuron_lens.explain.explainers import Explainer, JudgeExplainer
 from neuron_lens.explain.explainers.base import described, prompt_named
-from neuron_lens.explain.result import ModelFacts, RunResult, UnitResult
+from neuron_lens.explain.result import ModelFacts, RunFacts, RunResult, UnitResult, UnitSummary
 from neuron_lens.explain.scorers import BaseScorer
 from neuron_lens.files.atomic import write_text_atomic
 from neuron_lens.llm import Backend
 from neuron_lens.records import Record, Unit
+
+if TYPE_CHECKING:
+    from neuron_lens.harvest.sources import UnitSource
 
 __all__ = ["CorpusFacts", "Manifest", "Method", "RunFolder", "SourceFacts"]
 
@@ -84,6 +87,20 @@ class SourceFacts(Record):
     site: str
     dictionary: str = ""
     indices: tuple[NonNegativeInt, ...] | None = None
+
+    @classmethod
+    def of(cls, source: UnitSource, units: Sequence[Unit]) -> SourceFacts:
+        """Of a source and the units that were asked of it."""
+        named = (
+            tuple(sorted(unit.index for unit in units)) if source.kind in ("latent", "direction") else None
+        )
+        return cls(
+            kind=source.kind,
+            layer=source.layer,
+            site=source.site,
+            dictionary=source.dictionary,
+            indices=named,
+        )
 
     def units(self) -> tuple[Unit, ...]:
         """The units that are named, or the first one."""
@@ -236,3 +253,20 @@ class RunFolder:
         """The results of the index, in its order."""
         for summary in self.run().units:
             yield UnitResult.read(self.path / summary.path / "result.json")
+
+    def finished(self, model: ModelFacts, run: RunFacts) -> dict[str, UnitSummary]:
+        """Summaries of the units of this very run that are there, by name."""
+        summaries: dict[str, UnitSummary] = {}
+        if self.index.is_file():
+            found = self.run()
+            if (found.model, found.run) == (model, run):
+                summaries = {
+                    one.unit.name: one for one in found.units if self.result_path(one.unit).is_file()
+                }
+        # A killed run has units that no index lists.
+        for path in sorted((self.path / "units").glob("*/result.json")):
+            if path.parent.name not in summaries:
+                result = UnitResult.read(path)
+                if (result.model, result.run) == (model, run):
+                    summaries[result.unit.name] = result.summary()
+        return summaries
