@@ -13,6 +13,8 @@
 | d_vocab   | tokens of the vocabulary                                                 |
 | d_latent  | latents of a sparse autoencoder                                          |
 | expert    | experts of a mixture-of-experts MLP                                      |
+| choice    | the experts a token uses, best first                                     |
+| token     | tokens of all rows in one axis: batch · pos, or those of them one expert reads |
 | one       | an axis of length 1, kept so that the tensor broadcasts                  |
 """
 
@@ -34,6 +36,8 @@ Axis = Literal[
     "d_vocab",
     "d_latent",
     "expert",
+    "choice",
+    "token",
     "one",
 ]
 
@@ -49,5 +53,7 @@ AXES: tuple[Axis, ...] = (
     "d_vocab",
     "d_latent",
     "expert",
+    "choice",
+    "token",
     "one",
 )

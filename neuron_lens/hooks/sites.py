@@ -31,6 +31,8 @@ KV_HEADS: tuple[Axis, ...] = ("batch", "pos", "kv_head", "d_head")
 PATTERN: tuple[Axis, ...] = ("batch", "head", "pos", "key_pos")
 NEURONS: tuple[Axis, ...] = ("batch", "pos", "d_mlp")
 EXPERTS: tuple[Axis, ...] = ("batch", "pos", "expert")
+CHOICES: tuple[Axis, ...] = ("batch", "pos", "choice")
+EXPERT_NEURONS: tuple[Axis, ...] = ("token", "d_mlp")
 
 
 class NormalizationHooks(HookCollection):
@@ -71,8 +73,14 @@ class AttentionHooks(HookCollection):
 
 
 class MLPHooks(HookCollection):
-    """Inside the MLP: its neurons. `pre_linear` is the ungated branch of a gated MLP; `router_logits` and
-    `expert_weights` are those of a mixture of experts (weights are 0 for experts a token does not use)."""
+    """Inside the MLP: its neurons. `pre_linear` is the ungated branch of a gated MLP.
+
+    In a mixture of experts: `router_logits`; `router_probs`, their softmax over all experts in float32, from which the
+    experts are chosen; `expert_indices`, the experts each token uses, best first (whole numbers: they have no gradient);
+    `expert_weights`, 0 for experts a token does not use. The sites `expert_pre_act`, `expert_pre_linear` and
+    `expert_post_act` run once for each expert, on the tokens that use it: their context has `expert`, its number, and
+    `tokens` [token], where in batch · pos each row is; tokens whose first choice it is come first.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +88,12 @@ class MLPHooks(HookCollection):
         self.pre_linear = FwdBwdHooks(NEURONS)
         self.post_act = FwdBwdHooks(NEURONS)
         self.router_logits = FwdBwdHooks(EXPERTS)
+        self.router_probs = FwdBwdHooks(EXPERTS)
+        self.expert_indices = FwdBwdHooks(CHOICES)
         self.expert_weights = FwdBwdHooks(EXPERTS)
+        self.expert_pre_act = FwdBwdHooks(EXPERT_NEURONS)
+        self.expert_pre_linear = FwdBwdHooks(EXPERT_NEURONS)
+        self.expert_post_act = FwdBwdHooks(EXPERT_NEURONS)
         _adopt(self)
 
 

@@ -259,7 +259,9 @@ class TransformerConfig(_Frozen):
         if self.mlp != "gated":
             mark(f"the MLP is {self.mlp!r}, not gated", "mlp.pre_linear")
         if self.mlp != "experts":
-            mark(f"the MLP is {self.mlp!r}, not experts", "mlp.router_logits", "mlp.expert_weights")
+            routing = ("router_logits", "router_probs", "expert_indices", "expert_weights")
+            inside = ("expert_pre_act", "expert_pre_linear", "expert_post_act")
+            mark(f"the MLP is {self.mlp!r}, not experts", *(f"mlp.{site}" for site in routing + inside))
         if self.mlp in ("experts", "none"):
             mark(f"the MLP is {self.mlp!r}", "mlp.pre_act", "mlp.pre_linear", "mlp.post_act")
         if self.mlp == "none":

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neuron_lens.errors import HookError
 from neuron_lens.hooks import MLPHooks
 from neuron_lens.transformer.config import ExpertsConfig, TransformerConfig
 from neuron_lens.transformer.functional import ACTIVATIONS, clamped_swiglu
@@ -38,34 +39,66 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, hooks: MLPHooks, **context: Any) -> Tensor:
         """x: [batch, pos, d_model] -> [batch, pos, d_model]"""
-        logits = hooks.router_logits(self.router(x), **context)
-        weights = hooks.expert_weights(self._weights(logits).to(x.dtype), **context)
+        weights, chosen = self._routed(x, hooks, **context)
         flat, flat_weights = x.flatten(0, 1), weights.flatten(0, 1)
+        inside = (hooks.expert_pre_act, hooks.expert_pre_linear, hooks.expert_post_act)
+        hooked = any(site.acts_at(context.get("layer")) for site in inside)
         out = torch.zeros_like(flat)
         for expert in range(self.experts.n_experts):
             tokens = flat_weights[:, expert].nonzero()[:, 0]
-            if tokens.numel():
-                added = self._expert(flat[tokens], expert) * flat_weights[tokens, expert, None]
-                out = out.index_add(0, tokens, added)
+            if hooked:  # also for an expert no token uses: what was asked for is seen, empty
+                tokens = _by_choice(tokens, chosen.flatten(0, 1), expert)
+            elif not tokens.numel():
+                continue
+            added = self.output_of(expert, flat[tokens], hooks, tokens=tokens, **context)
+            out = out.index_add(0, tokens, added * flat_weights[tokens, expert, None])
         return out.view_as(x)
 
-    def _weights(self, logits: Tensor) -> Tensor:
-        """Weight of each expert for each token, 0 for those not used. [batch, pos, expert], float32"""
-        wide = logits.float()
-        if self.experts.weights == "softmax":
-            best, chosen = wide.softmax(-1).topk(self.experts.n_used, -1)
+    def _routed(self, x: Tensor, hooks: MLPHooks, **context: Any) -> tuple[Tensor, Tensor]:
+        """Weight of each expert for each token, 0 for those not used [batch, pos, expert], and those used, best first
+        [batch, pos, choice]."""
+        layer, used = context.get("layer"), self.experts.n_used
+        wide = hooks.router_logits(self.router(x), **context).float()
+        if self.experts.weights == "softmax" or hooks.router_probs.acts_at(layer):
+            best, chosen = hooks.router_probs(wide.softmax(-1), **context).topk(used, -1)
+            if self.experts.weights != "softmax":
+                best = best / best.sum(-1, keepdim=True)
         else:
-            best, chosen = wide.topk(self.experts.n_used, -1)
+            best, chosen = wide.topk(used, -1)
             best = best.softmax(-1)
-        return torch.zeros_like(wide).scatter(-1, chosen, best)
+        weights = torch.zeros_like(wide)
+        if hooks.expert_indices.acts_at(layer):
+            chosen = hooks.expert_indices(chosen, **context)
+            if not bool(((chosen >= 0) & (chosen < self.experts.n_experts)).all()):
+                raise HookError(
+                    f"mlp.expert_indices, layer {layer}: a hook chose experts {int(chosen.min())} to {int(chosen.max())}; "
+                    f"there are 0 to {self.experts.n_experts - 1}"
+                )
+            weights = weights.scatter_add(-1, chosen, best)  # a hook may choose one expert twice
+        else:
+            weights = weights.scatter(-1, chosen, best)
+        return hooks.expert_weights(weights.to(x.dtype), **context), chosen
 
-    def _expert(self, x: Tensor, expert: int) -> Tensor:
+    def output_of(self, expert: int, x: Tensor, hooks: MLPHooks, **context: Any) -> Tensor:
+        """What one expert makes of some tokens, before its weight. [token, d_model] -> [token, d_model]"""
+        context["expert"] = expert
         gate, up = x @ self.gate[expert].T, x @ self.up[expert].T
         if self.experts.bias:
             gate, up = gate + self.gate_bias[expert], up + self.up_bias[expert]
+        gate, up = hooks.expert_pre_act(gate, **context), hooks.expert_pre_linear(up, **context)
         if self.experts.activation == "clamped_swiglu":
             hidden = clamped_swiglu(gate, up, self.experts.limit)
         else:
             hidden = self.act(gate) * up
-        out = hidden @ self.down[expert].T
+        out = hooks.expert_post_act(hidden, **context) @ self.down[expert].T
         return out + self.down_bias[expert] if self.experts.bias else out
+
+
+def _by_choice(tokens: Tensor, chosen: Tensor, expert: int) -> Tensor:
+    """Tokens [token] of an expert in the order of which choice it is to them; one only a hook gave them comes last.
+
+    chosen: [batch · pos, choice].
+    """
+    is_it = chosen[tokens] == expert
+    choice = torch.where(is_it.any(-1), is_it.int().argmax(-1), chosen.shape[-1])
+    return tokens[choice.argsort(stable=True)]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -18,25 +18,58 @@ from neuron_lens.transformer import Transformer
 __all__ = ["Expert", "Experts", "TransformerBlock"]
 
 
-class Expert:
-    """One expert's weights, in the layout of nn.Linear: `W_in.weight` and `W_gate.weight` [d_mlp, d_model], `W_out.weight`
-    [d_model, d_mlp]. Views: editing one in place edits the model."""
+class Expert(View):
+    """One expert's points and weights, in the layout of nn.Linear: `W_in.weight` and `W_gate.weight` [d_mlp, d_model],
+    `W_out.weight` [d_model, d_mlp]. Views: editing one in place edits the model.
 
-    def __init__(self, experts: Any, number: int) -> None:
-        self.W_in = SimpleNamespace(weight=experts.up[number])
-        self.W_gate = SimpleNamespace(weight=experts.gate[number])
-        self.W_out = SimpleNamespace(weight=experts.down[number])
+    Its points see the tokens that use it [token, d_mlp], those whose first choice it is first. `hook_gate` is what the
+    activation function reads, `hook_pre` the other branch, `hook_post` their product.
+    """
+
+    def __init__(self, engine: Transformer, path: str, number: int, points: Mapping[str, PointPlace]) -> None:
+        super().__init__(engine, path, points)
+        self._number = number
+
+    @property
+    def W_in(self) -> SimpleNamespace:
+        """`weight` [d_mlp, d_model]"""
+        return SimpleNamespace(weight=self._weight("up")[self._number])
+
+    @property
+    def W_gate(self) -> SimpleNamespace:
+        """`weight` [d_mlp, d_model]"""
+        return SimpleNamespace(weight=self._weight("gate")[self._number])
+
+    @property
+    def W_out(self) -> SimpleNamespace:
+        """`weight` [d_model, d_mlp]"""
+        return SimpleNamespace(weight=self._weight("down")[self._number])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What it makes of tokens [token, d_model], before its weight, with the hooks on its points"""
+        return parts.expert_of(self._held[0], self._path, self._number, list(self.slots()), x)
 
 
 class Experts(View):
-    """A mixture of experts: `experts[j]` and the router `W_gate`."""
+    """A mixture of experts: `experts[j]` and the router `W_gate`.
 
-    @property
-    def experts(self) -> list[Expert]:
-        """Every expert's weights."""
-        assert self._config.experts is not None, "made for models with experts"
-        owner = self._held[0].get_submodule(self._path)
-        return [Expert(owner, number) for number in range(self._config.experts.n_experts)]
+    `hook_expert_weights` is every expert's probability before the choice [batch · pos, expert] (GPT-OSS: its weight after
+    it, 0 for those not chosen); `hook_expert_indices` the experts chosen [batch · pos, choice].
+    """
+
+    def __init__(self, engine: Transformer, path: str, points: Mapping[str, PointPlace]) -> None:
+        super().__init__(engine, path, {n: place for n, place in points.items() if place.expert is None})
+        below: dict[int, dict[str, PointPlace]] = {}
+        for name, place in points.items():
+            if place.expert is not None:
+                below.setdefault(place.expert, {})[name.rpartition(".")[2]] = place
+        self.experts = nn.ModuleList(Expert(engine, path, number, own) for number, own in below.items())
+
+    def slots(self) -> Iterator[Slot]:
+        """Its own points, and those of the experts."""
+        yield from super().slots()
+        for expert in self.experts:
+            yield from cast(Expert, expert).slots()
 
     @property
     def W_gate(self) -> SimpleNamespace:
@@ -72,7 +105,7 @@ class TransformerBlock(View):
     def __init__(self, engine: Transformer, layer: int = 0, places: Iterable[PointPlace] = ()) -> None:
         below: dict[str, dict[str, PointPlace]] = {}
         for place in places:
-            owner, _, point = place.name.rpartition(".")
+            owner, _, point = ("." + place.name if "." not in place.name else place.name).partition(".")
             below.setdefault(owner, {})[point] = place
         super().__init__(engine, f"blocks.{layer}", below.pop("", {}))
         post = engine.config.norm_place == "post"
@@ -86,7 +119,6 @@ class TransformerBlock(View):
         self._own: dict[str, View] = {}
         if engine.config.mlp == "experts":
             kinds["mlp"] = Experts
-            below.setdefault("mlp", {})
         for owner, points in below.items():
             kind = kinds.get(owner, Norm)
             self._own[owner] = kind(engine, f"blocks.{layer}.{norms.get(owner, owner)}", points)

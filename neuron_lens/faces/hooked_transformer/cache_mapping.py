@@ -111,13 +111,14 @@ class CacheMapping:
         """Drop the batch dimension of a cache of one sequence, in place. Returns self."""
         if not self.has_batch_dim:
             return self
-        wrong = next((name for name, tensor in self.items() if tensor.shape[0] != 1), None)
+        apart = [name for name in self if not self._joins_rows(name)]
+        wrong = next((name for name in apart if self.cache_dict[name].shape[0] != 1), None)
         if wrong is not None:
             rows = self.cache_dict[wrong].shape[0]
             raise RequestError(
                 f"cannot remove the batch dimension: {wrong} has {rows} rows; slice one with apply_slice_to_batch_dim"
             )
-        self.cache_dict = {name: tensor[0] for name, tensor in self.items()}
+        self.cache_dict |= {name: self.cache_dict[name][0] for name in apart}
         self.has_batch_dim = False
         return self
 
@@ -126,8 +127,41 @@ class CacheMapping:
         chosen = Slice(batch_slice)
         if not self.has_batch_dim:
             raise RequestError("this cache has no batch dimension to slice")
-        kept = {name: chosen.apply(tensor, dim=0) for name, tensor in self.items()}
+        kept = {
+            name: self._rows_of_joined(name, chosen)
+            if self._joins_rows(name)
+            else chosen.apply(tensor, dim=0)
+            for name, tensor in self.items()
+        }
         return self._like(kept, has_batch_dim=chosen.mode != "int")
+
+    def _joins_rows(self, name: str) -> bool:
+        """Whether an entry has the tokens of all rows in one axis: those of a mixture of experts do."""
+        place = self.model._places.get(name.removesuffix("_grad"))
+        return place is not None and place.axes[:1] == ("token",)
+
+    def _rows_of_joined(self, name: str, chosen: Slice) -> Tensor:
+        """Of an entry [token, …], the tokens of some batch rows. Raises NotCachedError when the cache cannot tell them."""
+        batch = next((tensor.shape[0] for other, tensor in self.items() if not self._joins_rows(other)), None)
+        place, tensor = self.model._places[name.removesuffix("_grad")], self.cache_dict[name]
+        routing = f"blocks.{place.layer}.mlp.hook_expert_indices"
+        if batch is None or (place.expert is not None and routing not in self.cache_dict):
+            missing = routing if batch is not None else "an activation with a batch dimension"
+            raise NotCachedError(
+                f"which rows of {name} belong to which batch row needs {missing} in the cache, too"
+            )
+        if place.expert is None:
+            found = chosen.apply(tensor.unflatten(0, (batch, -1)), dim=0)
+            return found if chosen.mode == "int" else found.flatten(0, 1)
+        experts = self.cache_dict[routing]  # [batch · pos, choice]
+        tokens = (place.expert == experts.T).nonzero()[:, 1]
+        if len(tokens) != len(tensor):
+            raise NotCachedError(
+                f"{name} has other tokens than {routing} tells: its weights were changed by a hook"
+            )
+        wanted = torch.zeros(batch, dtype=torch.bool, device=tensor.device)
+        wanted[chosen.apply(torch.arange(batch, device=tensor.device))] = True
+        return tensor[wanted[tokens // (len(experts) // batch)]]
 
     def _like(self, cache_dict: dict[str, Tensor], has_batch_dim: bool) -> Self:
         return type(self)(cache_dict, self.model, has_batch_dim)

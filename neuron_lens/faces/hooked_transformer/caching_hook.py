@@ -35,13 +35,14 @@ class CachingHook:
 
     def __call__(self, tensor: Tensor, *, hook: HookPoint) -> None:
         kept = tensor.detach()
-        if self.remove_batch_dim and kept.shape[0] != 1:
+        joined = hook.axes is not None and hook.axes[:1] == ("token",)  # rows of the batch in one axis
+        if self.remove_batch_dim and not joined and kept.shape[0] != 1:
             raise RequestError(
                 f"remove_batch_dim needs a batch of one sequence; {hook.name} has {kept.shape[0]} rows"
             )
         if self.pos_slice is not None:
             kept = self._sliced(kept, hook)
-        if self.remove_batch_dim:
+        if self.remove_batch_dim and not joined:
             kept = kept[0]
         if self.device is not None:
             kept = kept.to(self.device)

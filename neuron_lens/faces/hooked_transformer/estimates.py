@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
 from neuron_lens.errors import RequestError
+from neuron_lens.interventions.patching_result import sign_flip_pvalues
 
 __all__ = ["bootstrap_ci", "sign_flip_permutation_pvalue", "standard_error", "success_rate_ci"]
 
@@ -35,17 +34,7 @@ def sign_flip_permutation_pvalue(differences: Tensor, n_resamples: int = 10_000,
 
     All sign patterns are tried when they are at most `n_resamples`; else random ones, with the observed one counted in.
     """
-    values = _several(differences)
-    if 2 ** len(values) <= n_resamples:
-        patterns = list(itertools.product((1.0, -1.0), repeat=len(values)))
-        signs, counted = torch.tensor(patterns, dtype=torch.float64), 0
-    else:
-        drawn = torch.rand(n_resamples, len(values), generator=torch.Generator().manual_seed(seed))
-        signs, counted = torch.where(drawn < 0.5, 1.0, -1.0).double(), 1
-    means = (signs @ values / len(values)).abs()
-    # what differs by rounding alone is a tie
-    as_large = int((means >= values.mean().abs() * (1 - 1e-9)).sum()) + counted
-    return as_large / (len(signs) + counted)
+    return float(sign_flip_pvalues(_several(differences), resamples=n_resamples, seed=seed))
 
 
 def success_rate_ci(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -36,6 +36,8 @@ _BLOCK = {
     "mlp.hook_pre": "mlp.pre_act",
     "mlp.hook_pre_linear": "mlp.pre_linear",
     "mlp.hook_post": "mlp.post_act",
+    "mlp.hook_expert_weights": "mlp.router_probs",
+    "mlp.hook_expert_indices": "mlp.expert_indices",
     "hook_attn_in": "resid.torso.attn_in",
     "hook_q_input": "attn.q_in",
     "hook_k_input": "attn.k_in",
@@ -46,6 +48,12 @@ _BLOCK = {
     "hook_resid_pre": "resid.torso.pre_attn",
     "hook_resid_mid": "resid.torso.post_attn",
     "hook_resid_post": "resid.torso.post_mlp",
+}
+# Of each expert, below `mlp.experts.{j}.`
+_EXPERT = {
+    "hook_gate": "mlp.expert_pre_act",
+    "hook_pre": "mlp.expert_pre_linear",
+    "hook_post": "mlp.expert_post_act",
 }
 _ENDS = {
     "hook_embed": "emb.tok",
@@ -66,7 +74,8 @@ FLAGS = {
     "attn.hook_result": "use_attn_result",
 }
 
-_EXPERTS = "experts have no points of their own; model.engine with hooks at mlp.router_logits and mlp.expert_weights shows them"
+# Their tensors have batch and position in one axis.
+_ROUTING = ("mlp.hook_expert_weights", "mlp.hook_expert_indices")
 
 _TREE = {site.path: site.axes for site in TransformerHooks().sites()}
 
@@ -77,6 +86,7 @@ class PointPlace:
 
     name: below the block, or from the root at the ends. site: path of the engine's site. layer: block, or None.
     axes: the meaning of the tensor's dimensions. flag: the switch that makes a costly point part of full caches.
+    expert: its number, inside one.
     """
 
     name: str
@@ -84,6 +94,12 @@ class PointPlace:
     layer: int | None
     axes: tuple[Axis, ...]
     flag: str | None
+    expert: int | None = None
+
+    @property
+    def joins_rows(self) -> bool:
+        """Whether the point sees [batch · pos, …] where the engine has [batch, pos, …]."""
+        return self.axes[:1] == ("token",) and self.expert is None
 
     @property
     def full_name(self) -> str:
@@ -98,7 +114,14 @@ def block_places(config: TransformerConfig, layer: int) -> list[PointPlace]:
     for name, site in _BLOCK.items():
         site = _site(name, site, config)
         if site not in absent:
-            places.append(PointPlace(name, site, layer, _TREE[site] or (), FLAGS.get(name)))
+            axes = _TREE[site] or ()
+            if name in _ROUTING:
+                axes = ("token", *axes[2:])
+            places.append(PointPlace(name, site, layer, axes, FLAGS.get(name)))
+    for expert in range(config.experts.n_experts if config.experts is not None else 0):
+        for name, site in _EXPERT.items():
+            axes = _TREE[site] or ()
+            places.append(PointPlace(f"mlp.experts.{expert}.{name}", site, layer, axes, None, expert))
     return places
 
 
@@ -121,12 +144,6 @@ def absent_names(config: TransformerConfig) -> dict[str, str]:
         site = _site(name, site, config)
         if site in absent:
             reasons |= {f"blocks.{layer}.{name}": absent[site] for layer in range(config.n_layers)}
-    experts = config.experts.n_experts if config.experts is not None else 0
-    for layer in range(config.n_layers if experts else 0):
-        mlp = f"blocks.{layer}.mlp."
-        reasons |= {f"{mlp}hook_expert_weights": _EXPERTS, f"{mlp}hook_expert_indices": _EXPERTS}
-        for expert in range(experts):
-            reasons |= {f"{mlp}experts.{expert}.hook_{name}": _EXPERTS for name in ("gate", "pre", "post")}
     return reasons
 
 
@@ -134,6 +151,8 @@ def _site(name: str, site: str, config: TransformerConfig) -> str:
     """The site of a name where it depends on the model."""
     if name == "hook_embed" and config.embedding_norm:
         return "resid.post_emb"  # the classic embedding ends with its norm
+    if name == "mlp.hook_expert_weights" and config.experts is not None and config.experts.bias:
+        return "mlp.expert_weights"  # GPT-OSS's are those behind the choice
     if config.norm_place == "post" and name.startswith(("ln1.", "ln2.")):
         return site.replace("ln_attn.", "ln_attn_out.").replace("ln_mlp.", "ln_mlp_out.")
     if config.norm_place == "post" and name.startswith(("ln1_post.", "ln2_post.")):

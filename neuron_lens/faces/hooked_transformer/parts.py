@@ -28,6 +28,7 @@ __all__ = [
     "block_of",
     "causal_mask",
     "embedded",
+    "expert_of",
     "mlp_of",
     "normalised",
     "running_engine",
@@ -172,6 +173,16 @@ def mlp_of(engine: Transformer, path: str, slots: Sequence[Slot], x: Tensor) -> 
     tree = hook_tree(slots) or TransformerHooks()
     layer = int(path.split(".")[1])
     found: Tensor = engine.get_submodule(path)(x, tree.mlp, layer=layer, run=_run(engine, x))
+    return found
+
+
+def expert_of(engine: Transformer, path: str, number: int, slots: Sequence[Slot], x: Tensor) -> Tensor:
+    """What one expert makes of tokens [token, d_model], with the hooks on its points."""
+    if x.dim() != 2 or x.shape[-1] != engine.config.d_model:
+        raise RequestError(f"an expert reads tokens [token, {engine.config.d_model}]; got {list(x.shape)}")
+    tree = hook_tree(slots) or TransformerHooks()
+    experts: Any = engine.get_submodule(path)
+    found: Tensor = experts.output_of(number, x, tree.mlp, layer=int(path.split(".")[1]))
     return found
 
 

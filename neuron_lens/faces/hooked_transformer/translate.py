@@ -48,22 +48,37 @@ def hook_tree(slots: Iterable[Slot], *, forward_only: bool = False) -> Transform
     tree = TransformerHooks()
     tree.resid.torso.ln_attn.per_head = True  # as the original: its ln1 runs for queries, keys and values
     chains_at = {site.path: site for site in tree.sites()}
-    forward: dict[str, PointsAtSite] = {}
-    backward: dict[str, PointsAtSite] = {}
+    forward: dict[str, PointsAtSite | PointsOfExperts] = {}
+    backward: dict[str, PointsAtSite | PointsOfExperts] = {}
     for module, place in hooked:
         if not isinstance(module, HookPoint):
-            here = forward.setdefault(place.site, PointsAtSite(copy_first=caching))
+            here = _points_of(forward, place, caching)
             here.points[place.layer] = _module_in_place(module, place)
             continue
         for chains, handles in ((forward, module.fwd_hooks), (backward, module.bwd_hooks)):
             if handles and not (forward_only and chains is backward):
-                here = chains.setdefault(place.site, PointsAtSite(copy_first=caching and chains is forward))
+                here = _points_of(chains, place, caching and chains is forward)
                 here.points[place.layer] = (module, tuple(handles))
-    for path, here in forward.items():
-        chains_at[path].fwd.append(cast(Any, here))
-    for path, here in backward.items():
-        chains_at[path].bwd.append(cast(Any, here))
+    for path, points in forward.items():
+        chains_at[path].fwd.append(cast(Any, points))
+    for path, points in backward.items():
+        chains_at[path].bwd.append(cast(Any, points))
     return tree
+
+
+def _points_of(
+    chains: dict[str, PointsAtSite | PointsOfExperts], place: PointPlace, copy_first: bool
+) -> PointsAtSite:
+    """Where the point of a place belongs: to its site; inside an expert, to that expert at its site."""
+    found = chains.get(place.site)
+    if found is None:
+        kind = RowsJoined if place.joins_rows else PointsAtSite
+        found = PointsOfExperts() if place.expert is not None else kind(copy_first=copy_first)
+        chains[place.site] = found
+    if isinstance(found, PointsAtSite):
+        return found
+    assert place.expert is not None, "only experts have points at a site of experts"
+    return found.by_expert.setdefault(place.expert, PointsAtSite(copy_first=copy_first))
 
 
 def _module_in_place(module: nn.Module, place: PointPlace) -> tuple[HookPoint, tuple[LensHandle, ...]]:
@@ -126,6 +141,36 @@ class PointsAtSite(SiteAware):
 
     def tree_lines(self, indent: int = 0) -> list[str]:
         return ["  " * indent + str(point.name) for point, _ in self.points.values()]
+
+
+class RowsJoined(PointsAtSite):
+    """Points that see batch and position in one axis, as the classic router has them."""
+
+    def _run(self, x: Tensor, context: dict[str, Any], site: Site) -> Tensor:
+        return super()._run(x.flatten(0, 1), context, site).view_as(x)
+
+
+class PointsOfExperts(SiteAware):
+    """The hook points of a site that runs once for each expert."""
+
+    def __init__(self) -> None:
+        self.by_expert: dict[int, PointsAtSite] = {}
+
+    def is_empty(self) -> bool:
+        return not self.by_expert
+
+    def acts_at(self, layer: int | None) -> bool:
+        return any(points.acts_at(layer) for points in self.by_expert.values())
+
+    def layers_named(self) -> set[int]:
+        return {layer for points in self.by_expert.values() for layer in points.layers_named()}
+
+    def _run(self, x: Tensor, context: dict[str, Any], site: Site) -> Tensor:
+        points = self.by_expert.get(context["expert"])
+        return x if points is None else points._run(x, context, site)
+
+    def tree_lines(self, indent: int = 0) -> list[str]:
+        return [line for points in self.by_expert.values() for line in points.tree_lines(indent)]
 
 
 def _checked_call(x: Tensor, point: HookPoint, handle: LensHandle) -> Tensor:
