@@ -27,20 +27,28 @@ def methods(model: Any, cache: Any, tokens: torch.Tensor) -> dict[str, Any]:
         "heads": cache.stack_head_results(layer=2, incl_remainder=True),
         "heads_ln": cache.stack_head_results(apply_ln=True, pos_slice=-1),
         "activation": cache.stack_activation("pattern"),
-        "neurons": cache.get_neuron_results(1, neuron_slice=(3, 9), pos_slice=-2),
-        "neuron_stack": cache.stack_neuron_results(
-            layer=2, neuron_slice=[1, 5], incl_remainder=True, apply_ln=True
-        ),
         "ln": cache.apply_ln_to_stack(stack, layer=1),
     }
+    if model.cfg.num_experts is None:
+        found |= neuron_methods(cache)
     if family_adds_biases(model):
         found["full"] = cache.get_full_resid_decomposition()
         found["full_mlps"] = cache.get_full_resid_decomposition(layer=2, expand_neurons=False, apply_ln=True)
     return found
 
 
+def neuron_methods(cache: Any) -> dict[str, Any]:
+    """Decompositions into neurons, which a mixture of experts has not."""
+    return {
+        "neurons": cache.get_neuron_results(1, neuron_slice=(3, 9), pos_slice=-2),
+        "neuron_stack": cache.stack_neuron_results(
+            layer=2, neuron_slice=[1, 5], incl_remainder=True, apply_ln=True
+        ),
+    }
+
+
 def family_adds_biases(model: Any) -> bool:
-    return not model.cfg.use_normalization_before_and_after
+    return not model.cfg.use_normalization_before_and_after and model.cfg.num_experts is None
 
 
 def switched(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -65,6 +73,8 @@ def everything(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         found |= {f"method/{name}": value for name, value in methods(model, cache, tokens).items()}
         for name in WEIGHTS:
             if name.endswith("pos") and model.cfg.positional_embedding_type != "standard":
+                continue
+            if model.cfg.num_experts is not None and name in ("W_in", "W_out", "W_gate", "b_in", "b_out"):
                 continue
             value = getattr(model, name)
             if value is not None:

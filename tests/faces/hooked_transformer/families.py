@@ -1,4 +1,4 @@
-"""Small random Hugging Face models of four families; made in either environment from the same configuration."""
+"""Small random Hugging Face models of five families; made in either environment from the same configuration."""
 
 from __future__ import annotations
 
@@ -31,6 +31,12 @@ def make(family: str) -> Any:
     elif family == "llama":
         config = t.LlamaConfig(**SIZES, num_key_value_heads=2, max_position_embeddings=32, **eager)
         model = t.LlamaForCausalLM(config)
+    elif family == "mixtral":
+        config = t.MixtralConfig(
+            **SIZES, num_key_value_heads=2, max_position_embeddings=32, num_local_experts=4, num_experts_per_tok=2,
+            sliding_window=None, rms_norm_eps=1e-6, **eager,
+        )  # fmt: skip
+        model = t.MixtralForCausalLM(config)
     else:
         config = t.Gemma2Config(
             **SIZES, num_key_value_heads=2, head_dim=8, max_position_embeddings=32, sliding_window=4,

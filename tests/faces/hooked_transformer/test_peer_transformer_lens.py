@@ -31,7 +31,7 @@ OURS: dict[str, str] = {
 }
 
 
-@pytest.fixture(scope="module", params=["gpt2", "neox", "llama", "gemma2"])
+@pytest.fixture(scope="module", params=["gpt2", "neox", "llama", "mixtral", "gemma2"])
 def both(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:

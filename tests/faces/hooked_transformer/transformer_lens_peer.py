@@ -37,6 +37,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rotary_dim": 8, "rotary_base": 10000, "gated_mlp": True, "n_key_value_heads": 2, "final_rms": True,
         "rotary_adjacent_pairs": False, "original_architecture": "LlamaForCausalLM",
     },
+    "mixtral": {
+        "d_mlp": 64, "act_fn": "silu", "eps": 1e-6, "normalization_type": "RMS", "positional_embedding_type": "rotary",
+        "rotary_dim": 8, "rotary_base": 1000000, "gated_mlp": True, "n_key_value_heads": 2, "final_rms": True,
+        "rotary_adjacent_pairs": False, "num_experts": 4, "experts_per_token": 2, "norm_topk_prob": True,
+        "original_architecture": "MixtralForCausalLM",
+    },
     "gemma2": {
         "d_mlp": 64, "act_fn": "gelu_pytorch_tanh", "eps": 1e-6, "normalization_type": "RMS", "final_rms": True,
         "positional_embedding_type": "rotary", "rotary_dim": 8, "rotary_base": 10000, "gated_mlp": True,
@@ -45,7 +51,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "use_normalization_before_and_after": True, "original_architecture": "Gemma2ForCausalLM",
     },
 }  # fmt: skip
-CONVERTERS = {"gpt2": "gpt2", "neox": "neox", "llama": "llama", "gemma2": "gemma"}
+CONVERTERS = {"gpt2": "gpt2", "neox": "neox", "llama": "llama", "mixtral": "mixtral", "gemma2": "gemma"}
 
 
 def build(family: str, folder: str, processed: bool) -> Any:
