@@ -1,6 +1,6 @@
 """Training and evaluating sparse autoencoders on a model's activations.
 
-Reading order: settings, stream, objectives, optimisation, trainer, checkpoint, evaluation.
+Reading order: settings, stream, stored, objectives, optimisation, trainer, checkpoint, evaluation.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from neuron_lens.autoencoder_training.absorption import ClassAbsorption, measure
 from neuron_lens.autoencoder_training.evaluation import Evaluation, evaluate_autoencoder
 from neuron_lens.autoencoder_training.optimisation import Optimisation
 from neuron_lens.autoencoder_training.settings import TrainingSettings
+from neuron_lens.autoencoder_training.stored import StoredStream
 from neuron_lens.autoencoder_training.stream import ActivationStream
 from neuron_lens.autoencoder_training.trainer import Trainer, train_autoencoder
 
@@ -17,6 +18,7 @@ __all__ = [
     "ClassAbsorption",
     "Evaluation",
     "Optimisation",
+    "StoredStream",
     "Trainer",
     "TrainingSettings",
     "evaluate_autoencoder",

@@ -58,6 +58,10 @@ def _difference(known: dict[str, Any], wanted: dict[str, Any]) -> str:
         for name, value in wanted["settings"].items()
         if known["settings"].get(name) != value
     ]
+    parts = {"model": "model", "corpus": "corpus", "stored": "way to its activations, stored or not"}
     return "; ".join(
-        [*said, *(f"another {part}" for part in ("model", "corpus") if known[part] != wanted[part])]
+        [
+            *said,
+            *(f"another {words}" for part, words in parts.items() if known.get(part) != wanted.get(part)),
+        ]
     )

@@ -4,6 +4,9 @@
 
 A checkpoint holds weights, optimiser, counters and the step; the stream is taken up by its position. So an
 interrupted run continues as if it had not been: on the same machine to the bit.
+
+Activations come from the model as it reads the text, or from a store of them (`harvest.dense`): in the same order, and
+the same but for rounding, of the batches the model read them in (float32 stores) and of the store's dtype (float16).
 """
 
 from __future__ import annotations
@@ -20,14 +23,16 @@ from tqdm import tqdm
 from neuron_lens.autoencoder_training.checkpoint import read_checkpoint, write_checkpoint
 from neuron_lens.autoencoder_training.optimisation import Optimisation
 from neuron_lens.autoencoder_training.settings import TrainingSettings
+from neuron_lens.autoencoder_training.stored import stored_stream
 from neuron_lens.autoencoder_training.stream import ActivationStream
 from neuron_lens.autoencoders import Autoencoder, AutoencoderConfig, Provenance, Site, save_autoencoder
 from neuron_lens.autoencoders.folding import fold_scale
 from neuron_lens.files.atomic import write_json_atomic
+from neuron_lens.harvest.corpus import Corpus
 from neuron_lens.harvest.run import fitting_shape, model_fingerprint
 
 if TYPE_CHECKING:
-    from neuron_lens.harvest.corpus import Corpus
+    from neuron_lens.harvest.dense import StoredActivations
     from neuron_lens.transformer import Transformer
 
 __all__ = ["Trainer", "train_autoencoder"]
@@ -38,7 +43,7 @@ _CURVE = "training.json"
 
 def train_autoencoder(
     model: Transformer,
-    corpus: Corpus,
+    corpus: Corpus | StoredActivations,
     settings: TrainingSettings,
     folder: str | Path,
     *,
@@ -48,6 +53,8 @@ def train_autoencoder(
     """Train an autoencoder on a site of a model, or go on with an interrupted run of the same settings.
 
     Args:
+        corpus: text, or the activations of this model on its training part, stored (`store_activations` with
+            split="train" and the seed of the settings).
         folder: gets `checkpoint.pt` and `training.json` (settings and the curve) on the way, and at the end
             the autoencoder, in SAELens' format (a top-k transcoder in circuit-tracer's).
         progress: show a bar with loss, L0, variance explained and the share of dead latents.
@@ -57,7 +64,8 @@ def train_autoencoder(
         Autoencoder: for activations as the model gives them; the scale of training is folded in.
 
     Raises:
-        RequestError: a site or layer the model does not have, too little text, or a checkpoint of another run in the folder.
+        RequestError: a site or layer the model does not have, too little text, a checkpoint of another run in the folder,
+            or stored activations of another model or of other rows.
         CheckpointError: the checkpoint is damaged.
     """
     trainer = Trainer(model, corpus, settings, folder)
@@ -69,25 +77,22 @@ class Trainer:
     """One training run. `run` may be called again and again until `step` is `settings.n_steps`."""
 
     def __init__(
-        self, model: Transformer, corpus: Corpus, settings: TrainingSettings, folder: str | Path
+        self,
+        model: Transformer,
+        corpus: Corpus | StoredActivations,
+        settings: TrainingSettings,
+        folder: str | Path,
     ) -> None:
         self.model, self.settings, self.folder = model, settings, Path(folder)
-        self.stream = ActivationStream(
-            model,
-            corpus,
-            settings.site,
-            settings.layer,
-            batch_tokens=settings.batch_tokens,
-            buffer_tokens=settings.buffer_tokens,
-            seed=settings.seed,
-            target=settings.target,
-        )
-        self.key = {
-            "settings": settings.model_dump(mode="json"),
-            "model": model_fingerprint(model),
-            "corpus": corpus.fingerprint,
-        }
-        self.corpus_name = corpus.name
+        self.key = {"settings": settings.model_dump(mode="json"), "model": model_fingerprint(model)}
+        if isinstance(corpus, Corpus):
+            self.stream = _live_stream(model, corpus, settings)
+            self.key["corpus"], self.corpus_name = corpus.fingerprint, corpus.name
+        else:
+            self.stream = stored_stream(model, corpus, settings)
+            own = corpus.manifest["key"]
+            self.key |= {"corpus": own["corpus"], "stored": own["dtype"]}
+            self.corpus_name = str(corpus.folder)
         self.curve: list[dict[str, float]] = []
         saved = read_checkpoint(self.folder / _CHECKPOINT, self.key)
         if saved is None:
@@ -136,7 +141,8 @@ class Trainer:
 
     def _begin(self) -> None:
         """Estimate scale and variance from the first buffer, and make the weights."""
-        read, predicted = (part.float() for part in self.stream.parted(self.stream.buffer(0)))
+        device = self.model.embed.weight.device
+        read, predicted = (part.to(device).float() for part in self.stream.parted(self.stream.buffer(0)))
         self.scale, self.scale_out = _scale(read), _scale(predicted)
         read, predicted = read * self.scale, predicted * self.scale_out
         self.variance = float((predicted - predicted.mean(0)).square().sum(-1).mean())
@@ -206,6 +212,20 @@ class Trainer:
             "variance": self.variance,
         }
         write_json_atomic(self.folder / _CURVE, {**self.key, **facts, "curve": self.curve})
+
+
+def _live_stream(model: Transformer, corpus: Corpus, settings: TrainingSettings) -> ActivationStream:
+    """The model's activations as it reads the training part of the text."""
+    return ActivationStream(
+        model,
+        corpus,
+        settings.site,
+        settings.layer,
+        batch_tokens=settings.batch_tokens,
+        buffer_tokens=settings.buffer_tokens,
+        seed=settings.seed,
+        target=settings.target,
+    )
 
 
 _HEADED = ("attn.q", "attn.k", "attn.v", "attn.rot_q", "attn.rot_k", "attn.v_out")

@@ -11,6 +11,8 @@ from neuron_lens.errors import RequestError
 
 if TYPE_CHECKING:
     from neuron_lens.autoencoder_training import Evaluation, TrainingSettings
+    from neuron_lens.harvest.corpus import Corpus
+    from neuron_lens.harvest.dense import StoredActivations
     from neuron_lens.transformer import Transformer
 
 __all__ = ["add", "run", "shipped_autoencoder"]
@@ -21,6 +23,7 @@ _EXAMPLES = """\
 examples:
   neuron-lens sae train pico --layer 2 --width 1024 --k 16 --tokens 200000
   neuron-lens sae train gpt2 --layer 6 --width 24576 --activation jumprelu --sparsity 1e-3 --corpus text/
+  neuron-lens sae train gpt2 --layer 6 --width 24576 --k 32 --corpus text/ --stored activations/gpt2-6
   neuron-lens sae evaluate pico                               the autoencoder that ships with pico
   neuron-lens sae evaluate gpt2 --sae downloads/gpt2-sae --corpus text/ --out evaluation
 
@@ -70,6 +73,12 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip", action="store_true", help="a transcoder with a linear skip term")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder (default: autoencoders/<model>)")
+    parser.add_argument(
+        "--stored",
+        type=Path,
+        metavar="FOLDER",
+        help="train from activations on disk: those stored there, or stored there first, for any number of runs",
+    )
     _add_common(parser)
 
 
@@ -108,12 +117,42 @@ def _train(arguments: argparse.Namespace) -> int:
     corpus = corpus_of(arguments.corpus)
     model = _model(arguments.model)
     folder = arguments.out or Path("autoencoders") / Path(arguments.model).name
-    trained = train_autoencoder(model, corpus, settings, folder, progress=not arguments.quiet)
+    source = corpus if arguments.stored is None else _stored(arguments, model, corpus, settings)
+    trained = train_autoencoder(model, source, settings, folder, progress=not arguments.quiet)
     evaluation = evaluate_autoencoder(
         model, trained, corpus, seed=settings.seed, max_tokens=100_000, progress=not arguments.quiet
     )
     _write(evaluation, folder, f"autoencoder: {folder} ({_format_of(folder)} format)")
     return 0
+
+
+def _stored(
+    arguments: argparse.Namespace, model: Transformer, corpus: Corpus, settings: TrainingSettings
+) -> StoredActivations:
+    """The activations of the training part of the text, stored now where they are not yet."""
+    from neuron_lens.harvest.dense import StoredActivations, store_activations
+
+    found = StoredActivations.find(arguments.stored)
+    if found is None:
+        places = [(settings.site, settings.layer), *([settings.target] if settings.target else [])]
+        inside = [(site, layer) for site, layer in places if layer is not None]
+        if len(inside) < len(places):
+            raise RequestError("--stored holds sites inside the blocks: say which --layer")
+        return store_activations(
+            model,
+            corpus,
+            inside,
+            arguments.stored,
+            split="train",
+            seed=settings.seed,
+            progress=not arguments.quiet,
+        )
+    if found.manifest["key"]["corpus"] != corpus.fingerprint:
+        raise RequestError(
+            f"{arguments.stored} holds activations on another corpus; give that one with --corpus (what was trained is "
+            "evaluated on its test part), or another folder"
+        )
+    return found
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

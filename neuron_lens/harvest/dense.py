@@ -70,6 +70,12 @@ class StoredActivations:
                 )
         return opened
 
+    @classmethod
+    def find(cls, folder: Path | str) -> StoredActivations | None:
+        """Open a folder; None where nothing is stored yet, or not all of it. Raises RequestError as `open` does."""
+        manifest = _manifest(Path(folder))
+        return cls.open(folder) if manifest is not None and manifest["is_complete"] else None
+
     @property
     def sites(self) -> list[SiteAt]:
         """The sites stored, with their layers."""

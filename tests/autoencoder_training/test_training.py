@@ -22,6 +22,7 @@ from neuron_lens.autoencoder_training.stream import rows_of_split
 from neuron_lens.autoencoders import Autoencoder, AutoencoderConfig, load_autoencoder
 from neuron_lens.autoencoders.activations import keep_batch_topk
 from neuron_lens.errors import CheckpointError, ConfigError, HookError, RequestError
+from neuron_lens.harvest.dense import StoredActivations, store_activations
 
 MODEL = byte_model()
 CORPUS = text()
@@ -71,6 +72,50 @@ def test_interrupted_equals_uninterrupted(kind: str, tmp_path: Path) -> None:
         json.loads((tmp_path / run / "training.json").read_text())["curve"] for run in ("whole", "parts")
     ]
     assert curves[0] == curves[1] and len(curves[0]) == 12
+
+
+def _stored(folder: Path, dtype: str = "float32", **more: object) -> StoredActivations:
+    chosen = {"split": "train", "seed": 0, "shard_tokens": 300, **more}
+    places = [(STREAM, 0), (STREAM, 1)]
+    return store_activations(MODEL, CORPUS, places, folder, dtype=dtype, progress=False, **chosen)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"layer": 0, "site_out": STREAM, "layer_out": 1, "kind": "batch_topk"}]
+)
+def test_training_from_stored_activations_is_training_from_the_model(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
+    """To the rounding of float32: the model read the rows in other batches."""
+    chosen = settings(**changes)  # type: ignore[arg-type]
+    live = train_autoencoder(MODEL, CORPUS, chosen, tmp_path / "live", progress=False)
+    store = _stored(tmp_path / "store")
+    whole = train_autoencoder(MODEL, store, chosen, tmp_path / "whole", progress=False)
+    for steps in (5, 2, None):
+        Trainer(MODEL, StoredActivations.open(store.folder), chosen, tmp_path / "parts").run(
+            steps=steps, progress=False, checkpoint_every=3
+        )
+    parts = Trainer(MODEL, store, chosen, tmp_path / "parts").finish().state_dict()
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(tensor, live.state_dict()[name], atol=1e-4, rtol=1e-3)
+        assert torch.equal(tensor, parts[name]), name
+    with pytest.raises(RequestError, match="stored or not"):
+        Trainer(MODEL, CORPUS, chosen, tmp_path / "whole")
+
+
+def test_stored_activations_a_run_must_not_be_trained_on_are_refused(tmp_path: Path) -> None:
+    for number, (more, complaint) in enumerate(
+        [({"split": None}, "split None, expected train"), ({"seed": 1}, "seed 1, expected 0")]
+    ):
+        with pytest.raises(RequestError, match=complaint):
+            Trainer(MODEL, _stored(tmp_path / f"{number}", **more), settings(), tmp_path / "run")
+    store = _stored(tmp_path / "own")
+    with pytest.raises(RequestError, match="another model"):
+        Trainer(byte_model(1), store, settings(), tmp_path / "run")
+    with pytest.raises(RequestError, match="is not stored"):
+        Trainer(MODEL, store, settings(site="resid.torso.pre_attn"), tmp_path / "run")
+    with pytest.raises(RequestError, match="say which layer"):
+        Trainer(MODEL, store, settings(layer=None, site="emb.tok"), tmp_path / "run")
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)

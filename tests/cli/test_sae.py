@@ -98,3 +98,17 @@ def test_mistakes_are_one_line(
     assert main([*command, "--out", str(tmp_path / "out")] if extra[0] == "train" else command) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_activations_are_stored_once_and_trained_from_again(texts: str, tmp_path: Path) -> None:
+    store, train = (
+        tmp_path / "store",
+        ["sae", "train", "tiny", "--layer", "1", "--tokens", "640", "--batch", "64"],
+    )
+    train += ["--k", "3", "--corpus", texts, "--quiet", "--stored", str(store)]
+    assert main([*train, "--width", "40", "--out", str(tmp_path / "first")]) == 0
+    stamps = {path: path.stat().st_mtime_ns for path in store.iterdir()}
+    assert main([*train, "--width", "24", "--out", str(tmp_path / "second")]) == 0
+    assert stamps == {path: path.stat().st_mtime_ns for path in store.iterdir()}
+    assert load_autoencoder(tmp_path / "second", "saelens").config.d_latent == 24
+    assert main([*train, "--width", "24", "--out", str(tmp_path / "third"), "--seed", "1"]) == 2
