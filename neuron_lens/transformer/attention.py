@@ -84,11 +84,7 @@ class Attention(nn.Module):
         groups = self.config.n_heads // self.config.n_kv_heads
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        logits = softcap(q @ k.transpose(-1, -2) * self.scale, self.config.attention_softcap)
-        if self.config.position == "alibi":
-            logits = logits + self._alibi(frame).to(logits.dtype)
-        logits = logits.masked_fill(~frame.masks.allowed(self.window), -torch.inf)
-        logits = hooks.qk_logits(logits, **context)
+        logits = hooks.qk_logits(self._logits(q, k, frame), **context)
         wide = logits.float()
         sinks = self._sink_column(wide) if self.config.attention_sinks else None
         if hooks.qk_softmax_denominator.acts_at(self.layer):
@@ -98,6 +94,23 @@ class Attention(nn.Module):
         else:
             probs = wide.softmax(-1)
         return hooks.qk_probs(probs.to(q.dtype), **context) @ v
+
+    def _logits(self, q: Tensor, k: Tensor, frame: Frame) -> Tensor:
+        """Masked attention scores [batch, head, pos, key_pos]. q, k: [batch, head, pos or key_pos, d_head]"""
+        added = frame.masks.added(self.window, q.dtype)
+        if self.config.position == "alibi":
+            added = added + self._alibi(frame).to(q.dtype)
+        if self.config.attention_softcap is not None:
+            return softcap(q @ k.transpose(-1, -2) * self.scale, self.config.attention_softcap) + added
+        batch, heads, pos, _ = q.shape
+        # scaled, masked and written once: scores are the largest tensors of a pass that keeps them
+        flat = torch.baddbmm(
+            added.expand(batch, heads, -1, -1).flatten(0, 1),
+            q.flatten(0, 1),
+            k.flatten(0, 1).transpose(1, 2),
+            alpha=self.scale,
+        )
+        return flat.view(batch, heads, pos, -1)
 
     def _is_explicit(self, hooks: AttentionHooks) -> bool:
         """Whether this layer needs the pattern itself: it is hooked, or the fused kernel cannot compute it."""

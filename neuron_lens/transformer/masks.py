@@ -29,6 +29,7 @@ class Masks:
         self.query_positions, self.key_positions, self.uniform = query_positions, key_positions, uniform
         self.query_columns = query_columns
         self._made: dict[int | None, Tensor] = {}
+        self._added: dict[tuple[int | None, torch.dtype], Tensor] = {}
 
     def is_plain_causal(self, window: int | None) -> bool:
         """True when the mask is the plain causal triangle, which needs no tensor."""
@@ -58,6 +59,14 @@ class Masks:
                 allowed = allowed | ((columns == own_column[:, :, None]) & (query < 0))
             self._made[window] = allowed[:, None]
         return self._made[window]
+
+    def added(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """`allowed` as what is added to scores: 0 where a query may look, else -inf. [batch or 1, 1, pos, key_pos]"""
+        if (window, dtype) not in self._added:
+            allowed = self.allowed(window)
+            zeros = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+            self._added[window, dtype] = zeros.masked_fill_(~allowed, -torch.inf)
+        return self._added[window, dtype]
 
     def distances(self) -> Tensor:
         """How far each key lies behind each query, for ALiBi. [batch or 1, 1, pos, key_pos]"""

@@ -70,7 +70,10 @@ def test_every_point_fires_with_its_shape_and_changes_nothing(
         for part in (lambda n: not n.endswith(("_input", "attn_in")), lambda n: n.endswith("_input")):
             names = [name for name in lens.hook_dict if part(name)]
             logits, cache = lens.run_with_cache(tokens, names_filter=names)
-            assert torch.allclose(logits, engine(tokens), atol=1e-4) and set(cache.keys()) == set(names)
+            expected = engine(tokens)
+            rounding = 3e-6 * float(expected.abs().max())  # without norms, logits go into the hundreds
+            assert torch.allclose(logits, expected, atol=max(1e-4, rounding))
+            assert set(cache.keys()) == set(names)
             for name in names:
                 axes = lens.hook_dict[name].axes or ()
                 assert list(cache[name].shape) == [sizes[axis] for axis in axes], name
