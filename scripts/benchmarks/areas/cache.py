@@ -16,6 +16,8 @@ TARGETS = {
     "transformer-lens, generation": "at most 0.25 at batch 1",
 }
 
+MEASURES_MEMORY = True
+
 
 def cases(tiny: bool) -> list[Case]:
     """What is done, at two shapes."""
