@@ -11,6 +11,7 @@ from torch import Tensor
 from neuron_lens.cache import Slice, SliceInput
 from neuron_lens.errors import RequestError, did_you_mean
 from neuron_lens.faces.hooked_transformer.act_name import get_act_name
+from neuron_lens.faces.hooked_transformer.not_offered import OF_CACHES, not_offered
 
 if TYPE_CHECKING:
     from neuron_lens.faces.hooked_transformer.forward import ForwardPass
@@ -165,6 +166,11 @@ class CacheMapping:
 
     def _like(self, cache_dict: dict[str, Tensor], has_batch_dim: bool) -> Self:
         return type(self)(cache_dict, self.model, has_batch_dim)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in OF_CACHES:
+            raise not_offered(type(self).__name__, name, OF_CACHES[name])
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} of {len(self)} activations"

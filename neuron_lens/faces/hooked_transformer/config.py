@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -31,6 +32,25 @@ _ACTIVATIONS |= {
 }
 _CLASSIC_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu"}
 _CLASSIC_ACTIVATIONS |= {"gelu_quick": "gelu_quick", "relu_squared": "relu2", "solu": "solu"}
+
+
+# What a built model reads from its configuration at every use, or only describes it.
+_LIVE = {"use_attn_result", "use_split_qkv_input", "use_hook_mlp_in", "use_attn_in", "output_logits_soft_cap"}
+_LIVE |= {
+    "ungroup_grouped_query_attention",
+    "default_prepend_bos",
+    "device",
+    "init_mode",
+    "initializer_range",
+}
+_LIVE |= {"seed", "init_weights", "model_name", "tokenizer_name", "tokenizer_prepends_bos", "n_params"}
+_LIVE |= {"original_architecture", "from_checkpoint", "checkpoint_index", "checkpoint_label_type"}
+_LIVE |= {"checkpoint_value", "trust_remote_code"}
+_INSTEAD = {
+    "dtype": "use model.to(dtype)",
+    "n_ctx": "use from_pretrained(…, n_ctx=…)",
+    "n_layers": "use stop_at_layer, or from_pretrained(…, first_n_layers=…)",
+}
 
 
 @dataclass
@@ -141,6 +161,27 @@ class HookedTransformerConfig:
                 else self.n_layers * self.d_model * (self.d_mlp or 0) * (2 + self.gated_mlp)
             )
             self.n_params = attention + mlp
+
+    def settled(self) -> Self:
+        """A copy for a built model, in which what is built in cannot be assigned any more. Copies of it are free again."""
+        own = copy.copy(self)
+        own.__dict__["_settled"] = True
+        return own
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_settled" in self.__dict__ and name in self.__dataclass_fields__ and name not in _LIVE:
+            now = getattr(self, name)
+            if value != now:
+                advice = _INSTEAD.get(
+                    name, f"build another model from dataclasses.replace(model.cfg, {name}={value!r})"
+                )
+                raise ConfigError(
+                    f"cfg.{name} is {now!r} in the model that was built; assigning {value!r} would change nothing: {advice}"
+                )
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_settled"}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any]) -> HookedTransformerConfig:

@@ -40,7 +40,7 @@ class EngineModule(HookedRootModule):
     blocks: Any  # an nn.ModuleList of TransformerBlock; torch types its entries too broadly
 
     def _build(self, engine: Transformer, cfg: HookedTransformerConfig) -> None:
-        self.engine, self.cfg = engine, cfg
+        self.engine, self.cfg = engine, cfg.settled()
         if cfg.use_hook_tokens:
             self.hook_tokens = HookPoint()
         config = engine.config
@@ -73,6 +73,10 @@ class EngineModule(HookedRootModule):
             self.hook_tokens.axes = ("batch", "pos")
         self.register_state_dict_post_hook(to_classic_state)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(to_engine_state)  # type: ignore[no-untyped-call]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.cfg = self.cfg.settled()  # a copy of a configuration is free
 
     def setup(self) -> None:
         """Name every hook point, also those of modules that were put in since."""
@@ -173,7 +177,7 @@ class EngineModule(HookedRootModule):
     def to(self, *args: Any, print_details: bool = True, **kwargs: Any) -> Self:
         """As `nn.Module.to`; keeps `cfg.device` and `cfg.dtype` true. print_details: accepted, prints nothing."""
         moved: Self = super().to(*args, **kwargs)
-        self.cfg.device, self.cfg.dtype = str(self.device), self.engine.embed.weight.dtype
+        self.cfg.__dict__.update(device=str(self.device), dtype=self.engine.embed.weight.dtype)
         return moved
 
     def move_model_modules_to_device(self) -> None:

@@ -166,6 +166,8 @@ class ForwardPass(WeightProperties):
             pad = None if pad is None else pad.to(self.device)
         else:
             raise RequestError(f"expected a text, texts, or ids [batch, pos]; got {type(input).__name__}")
+        if attention_mask is None and cache is not None:
+            attention_mask = cache.take_announced()
         if attention_mask is not None:
             pad = self._pad_from(attention_mask, ids, cache)
         return self._tokens_hooked(ids), pad
@@ -205,6 +207,49 @@ class ForwardPass(WeightProperties):
         ids, pad = self._ids_and_padding(input, prepend_bos, padding_side, attention_mask, None)
         stream = self._engine_pass(ids, self._hook_tree(), pad, None, None, 0)
         return stream, ids, None, None if pad is None else (~pad).long()
+
+    def get_pos_offset(self, past_kv_cache: HookedTransformerKeyValueCache | None, batch_size: int) -> int:
+        """Columns a key-value cache holds, which is where the next token's position starts; 0 without a cache.
+
+        Raises RequestError when the cache is of another number of rows.
+        """
+        if past_kv_cache is None:
+            return 0
+        if past_kv_cache.batch_size != batch_size:
+            raise RequestError(f"the cache is of {past_kv_cache.batch_size} rows, the input of {batch_size}")
+        return past_kv_cache.length
+
+    def get_residual(
+        self,
+        embed: Tensor,
+        pos_offset: int = 0,
+        prepend_bos: bool | None = None,
+        attention_mask: Tensor | None = None,
+        tokens: Tensor | None = None,
+        return_shortformer_pos_embed: bool = True,
+        device: Any = None,
+    ) -> Tensor | tuple[Tensor, None]:
+        """The stream entering block 0 of token embeddings [batch, pos, d_model]: positions added where they are learned.
+
+        Args:
+            pos_offset: positions before these.
+            attention_mask: 0 where padding [batch, pos], which has no position.
+            prepend_bos, tokens, device: accepted, as nothing depends on them.
+            return_shortformer_pos_embed: return a pair, the second of which is None.
+
+        Raises RequestError for another shape, or positions past the model's context.
+        """
+        embed, pad = self._residual(embed, attention_mask)
+        if self.engine.config.position == "learned":
+            seen = torch.ones(embed.shape[:2], dtype=torch.long, device=embed.device) if pad is None else ~pad
+            positions = (seen.cumsum(-1) - 1).clamp(min=0) + pos_offset
+            table = self.pos_embed.W_pos
+            if int(positions.max()) >= len(table):
+                raise RequestError(
+                    f"position {int(positions.max())} exceeds the model's context of {len(table)}"
+                )
+            embed = embed + self.hook_pos_embed(table[positions] * seen[..., None])
+        return (embed, None) if return_shortformer_pos_embed else embed
 
     def loss_fn(
         self, logits: Tensor, tokens: Tensor, attention_mask: Tensor | None = None, per_token: bool = False

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 from torch import Tensor, nn
 
 from neuron_lens.errors import HookError
+from neuron_lens.faces.hooked_transformer.not_offered import OF_HOOK_POINTS, not_offered
 from neuron_lens.hooks import Run, Site, grad_hook_wrapper
 from neuron_lens.hooks.chain import SiteAware
 from neuron_lens.shapes import Axis
@@ -202,6 +203,11 @@ class HookPoint(nn.Module):
                     hook, cast(Direction, dir), h.is_permanent, h.context_level, False, h.alias_names
                 )
         return clone
+
+    def __getattr__(self, name: str) -> Any:
+        if name in OF_HOOK_POINTS:
+            raise not_offered("HookPoint", name, OF_HOOK_POINTS[name])
+        return super().__getattr__(name)
 
     def extra_repr(self) -> str:
         return (

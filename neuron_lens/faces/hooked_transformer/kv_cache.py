@@ -25,6 +25,7 @@ class HookedTransformerKeyValueCache:
         self.cfg, self.device, self.batch_size = cfg, device, batch_size
         self.frozen = False
         self.inner: KVCache | None = None
+        self._announced: Tensor | None = None
 
     @classmethod
     def init_cache(cls, cfg: HookedTransformerConfig, device: Any = None, batch_size: int = 1) -> Self:
@@ -68,11 +69,23 @@ class HookedTransformerKeyValueCache:
             return torch.ones(self.batch_size, self.length, dtype=torch.long, device=self.device)
         return (self.inner.positions >= 0).long()
 
-    def append_attention_mask(self, attention_mask: Tensor) -> None:
-        """Not needed: `forward` keeps the mask it is given. Raises RequestError."""
-        raise RequestError(
-            "the key-value cache takes masks from forward: pass attention_mask= with past_kv_cache="
-        )
+    def append_attention_mask(self, attention_mask: Tensor) -> Tensor:
+        """The mask of what is held and what comes next, from the latter's [batch, pos]: [batch, held + pos]
+
+        Unless frozen, the next forward that is given no attention_mask takes this one. Calls replace each other.
+        """
+        held = self.previous_attention_mask
+        if attention_mask.dim() != 2 or attention_mask.shape[0] != len(held):
+            raise RequestError(f"expected a mask [{len(held)}, pos]; got {list(attention_mask.shape)}")
+        whole = torch.cat((held, attention_mask.to(held)), -1)
+        if not self.frozen:
+            self._announced = whole
+        return whole
+
+    def take_announced(self) -> Tensor | None:
+        """What `append_attention_mask` left for the next forward, once."""
+        announced, self._announced = self._announced, None
+        return announced
 
     def _held(self) -> KVCache:
         if self.inner is None:

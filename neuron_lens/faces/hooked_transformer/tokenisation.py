@@ -28,6 +28,7 @@ class Tokenisation(EngineModule):
     _tokenizer: Tokenizer | None
     _given_tokenizer: Any
     padding_side: Literal["left", "right"]
+    dataset: Any = None  # rows with a "text", for sample_datapoint
 
     @property
     def tokenizer(self) -> Any:
@@ -54,6 +55,25 @@ class Tokenisation(EngineModule):
         if default_padding_side is not None:
             self.padding_side = default_padding_side
         self.cfg.tokenizer_prepends_bos = None if given is None else given.adds_bos
+
+    def sample_datapoint(
+        self, tokenize: bool = False, prepend_bos: bool | None = None, padding_side: PaddingSide = None
+    ) -> str | Tensor:
+        """A text drawn from `model.dataset`, which you set: rows with a "text"; by torch's generator.
+
+        tokenize: its ids [1, pos] instead, cut at the model's context.
+
+        Raises RequestError while there is no data set.
+        """
+        if not self.dataset:
+            raise RequestError(
+                "there is no data set to draw from: model.dataset = utils.get_dataset(path) first"
+            )
+        row = self.dataset[int(torch.randint(len(self.dataset), ()))]
+        text = str(row["text"])
+        if not tokenize:
+            return text
+        return self.to_tokens(text, prepend_bos=prepend_bos, padding_side=padding_side, truncate=True)
 
     def _need_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:

@@ -25,6 +25,7 @@ from neuron_lens.faces.hooked_transformer.estimates import *  # noqa: F403
 from neuron_lens.faces.hooked_transformer.init_functions import *  # noqa: F403
 from neuron_lens.faces.hooked_transformer.losses import lm_accuracy, lm_cross_entropy_loss
 from neuron_lens.faces.hooked_transformer.model import HookedTransformer
+from neuron_lens.faces.hooked_transformer.not_offered import OF_UTILS, not_offered
 from neuron_lens.faces.hooked_transformer.small_helpers import *  # noqa: F403
 from neuron_lens.faces.hooked_transformer.text_data import *  # noqa: F403
 from neuron_lens.transformer.token_choice import TokenChoice, draw, keep_top_k, keep_top_p, penalise_frequency
@@ -155,6 +156,12 @@ def sample_logits(
     logits = logits if top_k is None else keep_top_k(logits, top_k)
     logits = logits if top_p is None else keep_top_p(logits, top_p)
     return draw(logits, torch.rand(len(logits), dtype=torch.float64).to(logits.device))
+
+
+def __getattr__(name: str) -> Any:
+    if name in OF_UTILS:
+        raise not_offered("utils", name, OF_UTILS[name])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @contextmanager

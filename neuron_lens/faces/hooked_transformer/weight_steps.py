@@ -11,24 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuron_lens.errors import RequestError
+from neuron_lens.errors import RequestError, did_you_mean
 from neuron_lens.faces.hooked_transformer.autoencoders import WithAutoencoders
+from neuron_lens.faces.hooked_transformer.not_offered import OF_MODELS, not_offered
 from neuron_lens.transformer import Transformer
 from neuron_lens.weights import Processing, process
 
 __all__ = ["WeightSteps"]
-
-# Names of the original that are not offered -> what to use instead.
-_INSTEAD = {
-    "load_sample_training_dataset": "it needs a download: utils.get_dataset reads files of yours",
-    "sample_datapoint": "it needs a download: utils.get_dataset reads files of yours",
-    "fill_missing_keys": "load_state_dict(state, strict=False) keeps weights that the state lacks",
-    "get_pos_offset": "past_kv_cache.length is what came before",
-    "get_residual": "model(tokens, stop_at_layer=0) is the stream entering the first block",
-    "hf_generate": "use generate",
-    "enable_compatibility_mode": "use process_weights_",
-    "boot_transformers": "use from_pretrained",
-}
 
 
 class WeightSteps(WithAutoencoders):
@@ -58,6 +47,23 @@ class WeightSteps(WithAutoencoders):
         """W_Q and W_K with even singular values, W_O a rotation; the products stay."""
         return self._processed(state_dict, Processing(refactor_factored_attn_matrices=True))
 
+    def fill_missing_keys(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state with what it lacks of this model: norms' weights and biases, from the model as it is.
+
+        Raises RequestError for weight matrices that are missing: a name is wrong, or the state is of another model.
+        """
+        own: dict[str, Tensor] = self.state_dict()
+        missing = [name for name in own if name not in state_dict]
+        matrices = [
+            name for name in missing if own[name].dim() > 1 and ".b_" not in name and "._b_" not in name
+        ]
+        if matrices:
+            raise RequestError(
+                f"the state lacks {len(matrices)} weight matrices of the model, such as {', '.join(matrices[:4])}; "
+                f"{did_you_mean(matrices[0], state_dict)}"
+            )
+        return {**state_dict, **{name: own[name] for name in missing}}
+
     def _processed(self, state_dict: dict[str, Tensor], steps: Processing) -> dict[str, Tensor]:
         other = copy.deepcopy(self)
         other._use_engine(
@@ -74,11 +80,11 @@ class WeightSteps(WithAutoencoders):
         for owner in (*(slot.owner for slot in self._slots), *self._own_ends.values()):
             owner.__dict__["_held"] = (engine,)
         if folded and self.cfg.normalization_type in ("LN", "RMS"):
-            self.cfg.normalization_type += "Pre"
+            self.cfg.__dict__["normalization_type"] += "Pre"
 
     def __getattr__(self, name: str) -> Any:
-        if name in _INSTEAD:
-            raise AttributeError(f"{type(self).__name__} does not offer {name!r}: {_INSTEAD[name]}")
+        if name in OF_MODELS:
+            raise not_offered(type(self).__name__, name, OF_MODELS[name])
         return super().__getattr__(name)
 
 

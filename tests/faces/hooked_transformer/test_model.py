@@ -413,10 +413,3 @@ def test_a_forward_in_two_halves(lens: HookedTransformer, tokens: Tensor) -> Non
     whole = lens(tokens, return_type="loss", attention_mask=mask)
     halves = lens(stream, start_at_layer=0, tokens=ids, attention_mask=kept, return_type="loss")
     assert torch.allclose(whole, halves, atol=1e-6)
-
-
-def test_names_that_are_not_offered_say_what_to_use(lens: HookedTransformer) -> None:
-    with pytest.raises(AttributeError, match=r"utils\.get_dataset"):
-        lens.sample_datapoint()
-    with pytest.raises(RequestError, match="attention_mask="):
-        HookedTransformerKeyValueCache.init_cache(lens.cfg, "cpu", 1).append_attention_mask(torch.ones(1, 1))
