@@ -168,6 +168,10 @@ def _check_site(model: Transformer, site: str, layer: int | None) -> None:
         raise RequestError(f"{site} is in every layer: say which")
     if not found.per_layer and layer is not None:
         raise RequestError(f"{site} belongs to no layer; leave the layer out")
+    if "pos" not in (found.axes or ()):
+        raise RequestError(
+            f"{site} runs once for each expert, on the tokens that use it; an autoencoder reads every position"
+        )
     if layer is not None and layer >= model.config.n_layers:
         raise RequestError(
             f"layer {layer} does not exist: the model has layers 0 to {model.config.n_layers - 1}"

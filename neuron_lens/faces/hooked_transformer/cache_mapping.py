@@ -155,7 +155,7 @@ class CacheMapping:
             found = chosen.apply(tensor.unflatten(0, (batch, -1)), dim=0)
             return found if chosen.mode == "int" else found.flatten(0, 1)
         experts = self.cache_dict[routing]  # [batch · pos, choice]
-        tokens = (place.expert == experts.T).nonzero()[:, 1]
+        tokens = experts.T.eq(place.expert).nonzero()[:, 1]
         if len(tokens) != len(tensor):
             raise NotCachedError(
                 f"{name} has other tokens than {routing} tells: its weights were changed by a hook"

@@ -75,7 +75,7 @@ class EngineModule(HookedRootModule):
         self.register_load_state_dict_pre_hook(to_engine_state)  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.cfg = self.cfg.settled()  # a copy of a configuration is free
 
     def setup(self) -> None:

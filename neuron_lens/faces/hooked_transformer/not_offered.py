@@ -15,7 +15,7 @@ OF_MODELS = {
     "diffusion_generate": "use generate; the models offered write one token after another",
     "enable_compatibility_mode": "use process_weights_",
     "process_weights": "use process_weights_",
-    "list_supported_models": "the families are listed in neuron_lens.loading; from_pretrained says what a checkpoint lacks",
+    "list_supported_models": "neuron_lens.loading.known_models() lists what is known to load",
     "check_model_support": "from_pretrained says what a checkpoint lacks",
     "prepare_multimodal_inputs": "the models offered read text",
     "attn_head_labels": "use all_head_labels: every block has attention",

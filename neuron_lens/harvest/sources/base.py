@@ -166,6 +166,10 @@ def require_site(model: Transformer, site: str) -> None:
         raise RequestError(f"no site is called {site!r}; {did_you_mean(site, sites)}")
     if not sites[site].per_layer:
         raise RequestError(f"{site} belongs to no layer; units are harvested at sites inside the blocks")
+    if "pos" not in (sites[site].axes or ()):
+        raise RequestError(
+            f"{site} runs once for each expert, on the tokens that use it; units are harvested where every position is"
+        )
     absent = model.config.absent_sites()
     if site in absent:
         raise RequestError(f"{site} never fires in this model: {absent[site]}")

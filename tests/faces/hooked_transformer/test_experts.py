@@ -9,8 +9,9 @@ import torch
 from conftest import strong_model, tiny_config
 from torch import Tensor
 
-from neuron_lens.errors import HookError
+from neuron_lens.errors import HookError, RequestError
 from neuron_lens.faces.hooked_transformer import HookedTransformer, HookPoint
+from neuron_lens.harvest.sources.base import require_site
 from neuron_lens.hooks import TransformerHooks
 from neuron_lens.transformer.config import ExpertsConfig
 
@@ -131,3 +132,8 @@ def test_the_engine_records_by_expert(lens: HookedTransformer, tokens: Tensor) -
         assert len(kept["mlp.expert_post_act", 2, expert]) == len(used)
     with pytest.raises(KeyError, match="layer 2, expert 7"):
         _ = kept["mlp.expert_post_act", 2, 7]
+
+
+def test_sites_of_single_experts_are_no_places_for_autoencoders(lens: HookedTransformer) -> None:
+    with pytest.raises(RequestError, match="once for each expert"):
+        require_site(lens.engine, "mlp.expert_post_act")
