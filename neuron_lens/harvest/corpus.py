@@ -12,6 +12,7 @@ Knows no model: tokens and text only.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,12 @@ class Row:
 
 
 class Corpus:
-    """Documents that can be read as often as needed: `name`, `fingerprint`, and iteration."""
+    """Documents that can be read as often as needed: `name`, `fingerprint`, and iteration.
+
+    `paths` are those `of_paths` alone opens the same text by, from everywhere; None where there are none.
+    """
+
+    paths: tuple[str, ...] | None = None
 
     def __init__(self, name: str, read: Callable[[], Iterator[Document]]) -> None:
         """`read` begins anew at every call. Raises RequestError when there is no text at all."""
@@ -135,9 +141,12 @@ class Corpus:
         """
         files = [file for path in paths for file in files_of(str(path))]
         name = name or ", ".join(str(path) for path in paths)
-        return cls(
+        corpus = cls(
             name, lambda: (document for file in files for document in documents_of_file(file, text_key))
         )
+        if text_key == "text":
+            corpus.paths = tuple(path if "://" in path else os.path.abspath(path) for path in map(str, paths))
+        return corpus
 
     @classmethod
     def of_rows(

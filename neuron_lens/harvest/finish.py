@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["finish_source"]
 
+_WINDOWS_AT_ONCE = 64  # of the sample that are put in order of units together
+
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -124,18 +126,26 @@ def _by_unit(slots: list[Tensor]) -> NDArray[Any]:
 
 def _random_tensors(kept: SourceKeepers) -> tuple[bool, Arrays]:
     """The uniform sample by unit: dense, or the columns of a sparse matrix with one row a unit."""
-    samples = [keepers.random for keepers in kept.ranges]
-    if isinstance(samples[0][0], SparseSample):
+    if any(isinstance(sample, SparseSample) for sample in kept.ranges[0].random):
         return True, _sparse_tensors(kept)
+    samples = [
+        [sample for sample in keepers.random if isinstance(sample, UniformSample)] for keepers in kept.ranges
+    ]
+    n_windows = sum(int((sample.place >= 0).sum()) for sample in samples[0])
+    n_units, length = kept.bounds[-1][1], kept.ranges[0].top[0].activations.shape[-1]
     dense: Arrays = {}
-    for name, place in (("activations", 1), ("partners", 2)):
-        held = []
-        for parts in samples:
-            sorted_parts = [sample.sorted()[place] for sample in parts if isinstance(sample, UniformSample)]
-            held.append([part for part in sorted_parts if part is not None])
-        if held[0]:
-            ranges = [torch.cat(parts).permute(2, 0, 1).contiguous().cpu() for parts in held]
-            dense[f"random.{name}"] = torch.cat(ranges).numpy() if len(ranges) > 1 else ranges[0].numpy()
+    for name, dtype in (("activations", np.float16), ("partners", np.int16)):
+        if getattr(samples[0][0], name) is None:
+            continue
+        dense[f"random.{name}"] = out = np.empty((n_units, n_windows, length), dtype=dtype)
+        for (first, last), parts in zip(kept.bounds, samples, strict=True):
+            begin = 0
+            for sample in parts:
+                held = getattr(sample, name)
+                for slots in sample.slots().split(_WINDOWS_AT_ONCE):
+                    own = held[slots.to(held.device)].permute(2, 0, 1).cpu().numpy()
+                    out[first:last, begin : begin + len(slots)] = own
+                    begin += len(slots)
     return False, dense
 
 

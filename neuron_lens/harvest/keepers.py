@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from neuron_lens.harvest.scratch import ScratchFile, ScratchRows
+
 __all__ = ["State", "TopWindows", "UniformSample", "WindowBatch", "fired_scores"]
 
 State = dict[str, Tensor]
@@ -186,17 +188,30 @@ class UniformSample:
     units.
 
     `place` and `priority` are `[count]`, `activations` `[count, length, unit]` in float16, `partners` the
-    same in int16 or None.
+    same in int16 or None. With a scratch file the activations are in it.
     """
 
+    activations: Tensor | ScratchRows
+
     def __init__(
-        self, count: int, n_units: int, length: int, device: torch.device, has_partners: bool = False
+        self,
+        count: int,
+        n_units: int,
+        length: int,
+        device: torch.device,
+        has_partners: bool = False,
+        scratch: ScratchFile | None = None,
     ) -> None:
         self.count = count
         self.place = torch.full((count,), -1, dtype=torch.long)
         self.priority = torch.full((count,), torch.iinfo(torch.long).max, dtype=torch.long)
-        self.activations = torch.zeros(count, length, n_units, dtype=torch.float16, device=device)
-        self.partners = torch.zeros_like(self.activations, dtype=torch.int16) if has_partners else None
+        if scratch is not None:
+            self.activations = scratch.rows(count, length, n_units)
+        else:
+            self.activations = torch.zeros(count, length, n_units, dtype=torch.float16, device=device)
+        self.partners = (
+            torch.zeros(count, length, n_units, dtype=torch.int16, device=device) if has_partners else None
+        )
 
     def update(self, batch: WindowBatch, windows: Tensor | None = None) -> None:
         """Take a batch in, or some of its windows."""
@@ -211,7 +226,7 @@ class UniformSample:
         self.activations[slots.to(device)] = batch.whole(entering, batch.activations).half()
         if self.partners is not None:
             assert batch.partners is not None, "units with partners bring them in every batch"
-            self.partners[slots.to(device)] = batch.whole(entering, batch.partners)
+            self.partners[slots.to(self.partners.device)] = batch.whole(entering, batch.partners)
 
     def merge(self, other: UniformSample) -> None:
         """Take in what another sample of other windows holds."""
@@ -223,28 +238,37 @@ class UniformSample:
                 torch.ones(len(held), other.activations.shape[1], dtype=torch.bool),
                 other.place[held],
                 other.priority[held],
-                None if other.partners is None else other.partners[held.to(device)],
+                None if other.partners is None else other.partners[held.to(other.partners.device)],
             )
         )
 
+    def slots(self) -> Tensor:
+        """The slots that hold a window, in order of the windows' places."""
+        held = (self.place >= 0).nonzero()[:, 0]
+        return held[self.place[held].argsort()]
+
     def sorted(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Places `[n]`, activations and partners `[n, length, unit]` of what is held, by place."""
-        held = (self.place >= 0).nonzero()[:, 0]
-        held = held[self.place[held].argsort()]
-        own = held.to(self.activations.device)
-        return self.place[held], self.activations[own], None if self.partners is None else self.partners[own]
+        held = self.slots()
+        own = self.activations[held.to(self.activations.device)]
+        partners = None if self.partners is None else self.partners[held.to(self.partners.device)]
+        return self.place[held], own, partners
 
     def state(self) -> State:
         """Everything held."""
-        held = {"place": self.place, "priority": self.priority, "activations": self.activations}
+        own = self.activations if isinstance(self.activations, Tensor) else self.activations.mapped()
+        held = {"place": self.place, "priority": self.priority, "activations": own}
         return held if self.partners is None else {**held, "partners": self.partners}
 
     def load(self, state: State) -> None:
         """Take a state back."""
-        device = self.activations.device
         self.place, self.priority = state["place"], state["priority"]
-        self.activations = state["activations"].to(device)
-        self.partners = state["partners"].to(device) if "partners" in state else None
+        if isinstance(self.activations, Tensor):
+            self.activations = state["activations"].to(self.activations.device)
+        else:
+            self.activations[torch.arange(self.count)] = state["activations"]
+        if self.partners is not None:
+            self.partners = state["partners"].to(self.partners.device)
 
 
 def entering_slots(place: Tensor, priority: Tensor, coming: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ A wide source is taken in a range of units at a time, so that no batch of it is 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from neuron_lens.harvest.cutter import Cutter
 from neuron_lens.harvest.keepers import State, TopWindows, UniformSample, WindowBatch, fired_scores
+from neuron_lens.harvest.scratch import ScratchFile
 from neuron_lens.harvest.settings import HarvestSettings
 from neuron_lens.harvest.sources import Caught, UnitSource
 from neuron_lens.harvest.sparse_sample import SparseSample
@@ -29,7 +31,12 @@ class RangeKeepers:
     """Everything kept of a range of units, one keeper a part of the corpus where they hold windows."""
 
     def __init__(
-        self, n_units: int, source: UnitSource, settings: HarvestSettings, device: torch.device
+        self,
+        n_units: int,
+        source: UnitSource,
+        settings: HarvestSettings,
+        device: torch.device,
+        scratch: ScratchFile | None = None,
     ) -> None:
         length = settings.shape.length
         self.moments = Moments()
@@ -45,7 +52,7 @@ class RangeKeepers:
             self.random = [SparseSample(count, device) for count in settings.random]
         else:
             self.random = [
-                UniformSample(count, n_units, length, device, source.has_partners)
+                UniformSample(count, n_units, length, device, source.has_partners, scratch)
                 for count in settings.random
             ]
 
@@ -108,14 +115,24 @@ class RangeKeepers:
 
 
 class SourceKeepers:
-    """Everything kept of one source; `ranges` are its units in order."""
+    """Everything kept of one source; `ranges` are its units in order. With a `scratch` folder the uniform sample,
+    which is most of it, is held there and not in memory."""
 
-    def __init__(self, source: UnitSource, settings: HarvestSettings, device: torch.device) -> None:
+    def __init__(
+        self,
+        source: UnitSource,
+        settings: HarvestSettings,
+        device: torch.device,
+        scratch: Path | None = None,
+    ) -> None:
         n_units = len(source.indices)
         self.bounds = [
             (first, min(first + _UNITS_AT_ONCE, n_units)) for first in range(0, n_units, _UNITS_AT_ONCE)
         ]
-        self.ranges = [RangeKeepers(last - first, source, settings, device) for first, last in self.bounds]
+        file = None if scratch is None or source.is_sparse else ScratchFile(scratch)
+        self.ranges = [
+            RangeKeepers(last - first, source, settings, device, file) for first, last in self.bounds
+        ]
 
     def update(self, caught: Caught, cutter: Cutter) -> None:
         """Take what a source caught in a batch."""

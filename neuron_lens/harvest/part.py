@@ -17,8 +17,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from neuron_lens.errors import RequestError
-from neuron_lens.files.atomic import atomic_path, write_json_atomic
+from neuron_lens.files.atomic import write_json_atomic
 from neuron_lens.harvest.keepers import State
+from neuron_lens.harvest.tensor_file import write_tensor_file
 
 __all__ = ["PART_VERSION", "HarvestPart", "Progress"]
 
@@ -75,9 +76,7 @@ class HarvestPart:
 
     @classmethod
     def write(cls, folder: Path, key: dict[str, Any], progress: Progress, state: State) -> HarvestPart:
-        """Write a part over the last one of this folder."""
-        from safetensors.torch import save_file
-
+        """Write a part over the last one of this folder; `state` is emptied as it is written."""
         name = f"part-{progress.n_tokens}.safetensors"
         manifest = {
             "version": PART_VERSION,
@@ -85,9 +84,8 @@ class HarvestPart:
             "progress": progress.model_dump(),
             "tensors": name,
         }
-        with atomic_path(folder / name) as temporary:
-            tensors = {key: tensor.cpu().contiguous() for key, tensor in state.items()}
-            save_file(tensors, temporary, metadata={"manifest": json.dumps(manifest)})
+        tensors = {each: state.pop(each).cpu().numpy() for each in list(state)}
+        write_tensor_file(folder / name, tensors, {"manifest": json.dumps(manifest)})
         write_json_atomic(folder / "manifest.json", manifest)
         for old in folder.glob("part-*"):
             if old.name != name:

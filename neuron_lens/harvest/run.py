@@ -85,7 +85,9 @@ def harvest(
         digest = hashlib.blake2b(json.dumps(keys).encode(), digest_size=6).hexdigest()
         part = folder / "parts" / digest
         everything = range(corpus.n_documents)
-        keepers, n_tokens = _pass(model, corpus, missing, settings, everything, part, keys, progress)
+        keepers, n_tokens = _pass(
+            model, corpus, missing, settings, everything, part, keys, progress, scratch=folder
+        )
         done |= _finish(model, corpus, missing, keepers, n_tokens, folder, settings, keys)
         _tidy(part)
     return {source.name: done[source.name] for source in sources}
@@ -138,7 +140,7 @@ def harvest_part(
         )
     fingerprint = fingerprint or model_fingerprint(model)
     keys = [_key(fingerprint, corpus, source, settings) for source in sources]
-    _pass(model, corpus, sources, settings, documents, folder, keys, progress, keep=True)
+    _pass(model, corpus, sources, settings, documents, folder, keys, progress, scratch=folder, keep=True)
     part = HarvestPart.open(folder)
     assert part is not None, "the pass has just written it"
     return part
@@ -166,7 +168,7 @@ def merge_harvests(
     _check_parts(ordered, keys, corpus)
     merged: list[SourceKeepers] = []
     for part in ordered:
-        held = _loaded(model, sources, settings, part)
+        held = _loaded(model, sources, settings, part, Path(folder))
         for own, theirs in zip(merged, held, strict=False):
             own.merge(theirs)
         merged = merged or held
@@ -211,13 +213,15 @@ def _pass(
     folder: Path,
     keys: list[dict[str, Any]],
     progress: bool,
+    *,
+    scratch: Path,
     keep: bool = False,
 ) -> tuple[list[SourceKeepers], int]:
     """Run documents through the model; keepers by source, and the number of tokens kept."""
     part = HarvestPart.open(folder)
     if part is not None and not _belongs(part, keys, documents):
         part = None
-    keepers = _loaded(model, sources, settings, part)
+    keepers = _loaded(model, sources, settings, part, scratch)
     at = part.progress if part else _begin(documents)
     if at.is_complete:
         return keepers, at.n_tokens
@@ -267,11 +271,15 @@ def _belongs(part: HarvestPart, keys: list[dict[str, Any]], documents: range) ->
 
 
 def _loaded(
-    model: Transformer, sources: Sequence[UnitSource], settings: HarvestSettings, part: HarvestPart | None
+    model: Transformer,
+    sources: Sequence[UnitSource],
+    settings: HarvestSettings,
+    part: HarvestPart | None,
+    scratch: Path,
 ) -> list[SourceKeepers]:
     """Keepers, empty or with what a part holds."""
     device = model.embed.weight.device
-    keepers = [SourceKeepers(source, settings, device) for source in sources]
+    keepers = [SourceKeepers(source, settings, device, scratch) for source in sources]
     if part is not None:
         state = part.state()
         for place, kept in enumerate(keepers):

@@ -27,7 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neuron_lens.errors import RequestError
-from neuron_lens.files.atomic import atomic_path, write_json_atomic
+from neuron_lens.files.atomic import write_json_atomic
+from neuron_lens.harvest.tensor_file import write_tensor_file
 from neuron_lens.windows import TextWindows
 
 __all__ = ["FORMAT_VERSION", "LayerHarvest", "NearestUnits", "UnitActivations"]
@@ -103,13 +104,10 @@ class LayerHarvest:
         key: dict[str, Any],
         facts: dict[str, Any],
     ) -> LayerHarvest:
-        """Write a harvest, the manifest last."""
-        from safetensors.numpy import save_file
-
+        """Write a harvest, the manifest last; `tensors` is emptied as it is written."""
         (folder / "manifest.json").unlink(missing_ok=True)
         windows.save(folder / "windows.safetensors")
-        with atomic_path(folder / "activations.safetensors") as temporary:
-            save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, temporary)
+        write_tensor_file(folder / "activations.safetensors", tensors)
         manifest = {"format_version": FORMAT_VERSION, "key": key, "facts": facts}
         write_json_atomic(folder / "manifest.json", manifest)
         return cls(folder, manifest)

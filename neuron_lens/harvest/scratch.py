@@ -1,0 +1,80 @@
+"""What a pass holds and hardly ever touches: on disk, in a file that is gone when the pass is, however it ends.
+
+The uniform sample of a wide layer is hundreds of megabytes, of all layers of a model more than memory; a window of it
+is written once and read when the pass is over.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["ScratchFile", "ScratchRows"]
+
+
+class ScratchFile:
+    """A nameless file in a folder; `rows` gives arrays in it. Only what is written takes space."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed below
+        weakref.finalize(self, self._file.close)
+        self._size = 0
+
+    def rows(self, count: int, *shape: int) -> ScratchRows:
+        """An array `[count, *shape]` of float16 zeros."""
+        rows = ScratchRows(self, self._size, (count, *shape))
+        self._size += rows.row_bytes * count
+        self._file.truncate(self._size)
+        return rows
+
+    def write(self, place: int, data: memoryview) -> None:
+        """Write bytes at a place. Raises OSError when the disk is full."""
+        self._file.seek(place)
+        while data:
+            data = data[self._file.write(data) :]
+
+    def read(self, place: int, into: memoryview) -> None:
+        """Fill a buffer from a place on. Raises OSError when the file ends before."""
+        self._file.seek(place)
+        while into:
+            count = self._file.readinto(into)
+            if not count:
+                raise OSError(
+                    f"the scratch file of a harvest ends at {self._size} bytes, {place} was asked for"
+                )
+            into = into[count:]
+
+    def mapped(self, place: int, shape: tuple[int, ...]) -> Tensor:
+        """A part of the file as a tensor, float16; pages are read when they are looked at."""
+        return torch.from_numpy(np.memmap(self._file, np.float16, "r+", place, shape))
+
+
+class ScratchRows:
+    """An array `[row, ...]` of float16 in a scratch file: rows are set and got by their numbers, as a tensor's are."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, file: ScratchFile, begin: int, shape: tuple[int, ...]) -> None:
+        self._file, self._begin, self.shape = file, begin, shape
+        self.row_bytes = 2 * int(np.prod(shape[1:]))
+
+    def __setitem__(self, rows: Tensor, values: Tensor) -> None:
+        for row, value in zip(rows.tolist(), values.half().cpu(), strict=True):
+            data = memoryview(value.contiguous().numpy()).cast("B")
+            self._file.write(self._begin + row * self.row_bytes, data)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        found = np.empty((len(rows), *self.shape[1:]), dtype=np.float16)
+        for row, value in zip(rows.tolist(), found, strict=True):
+            self._file.read(self._begin + row * self.row_bytes, memoryview(value).cast("B"))
+        return torch.from_numpy(found)
+
+    def mapped(self) -> Tensor:
+        """The whole of it."""
+        return self._file.mapped(self._begin, self.shape)
