@@ -21,8 +21,8 @@ def cases(tiny: bool) -> list[Case]:
     """All neurons of all layers, in rows of 256 tokens of which 64 are context, far into a corpus."""
     if tiny:
         return [Case("tiny", {"model": TINY, "rows": 4, "batches": 3, "length": 16, "before": 3})]
-    sizes = {"model": SMALL, "rows": 16, "batches": 2, "length": 64, "before": 40}
-    return [Case("GPT-2 small, 12 x 3072 neurons, 2 x 16 rows of 256", sizes)]
+    sizes = {"model": SMALL, "rows": 8, "batches": 1, "length": 64, "before": 48}
+    return [Case("GPT-2 small, 12 x 3072 neurons, 8 rows of 256", sizes)]
 
 
 def prepare(case: Case, folder: Path) -> None:
@@ -56,7 +56,7 @@ def _harvesting(case: Case, folder: Path) -> Callable[[], Any]:
 
     settings, model, batches = _settings(case), open_ours(folder), _ids(case)
     sources = [NeuronSource(model, layer) for layer in range(model.config.n_layers)]
-    keepers = [SourceKeepers(source, settings, torch.device("cpu")) for source in sources]
+    keepers = [SourceKeepers(source, settings, torch.device("cpu"), folder) for source in sources]
     _read_before(case, model, batches[0], keepers)
     hooks = TransformerHooks()
     for source in sources:
