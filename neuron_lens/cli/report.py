@@ -36,9 +36,11 @@ def run(arguments: argparse.Namespace) -> int:
     folder.require_manifest()
     out = arguments.out or (folder.path if kind in ("html", "csv", "jsonl") else folder.path / kind)
     if kind == "html":
-        from neuron_lens.report.pages import write_pages
+        from neuron_lens.report.pages import link_pages, write_pages
 
-        print(f"index: {write_pages(folder.results(), out)}")
+        index = write_pages(folder.results(), out)
+        link_pages(folder.results(), out)
+        print(f"index: {index}")
     elif kind in ("csv", "jsonl"):
         folder.run().save(out / f"units.{kind}")
         print(f"table: {out / f'units.{kind}'}")

@@ -63,13 +63,15 @@ def folder_of(arguments: argparse.Namespace) -> Path:
 
 def pipeline_of(arguments: argparse.Namespace, out: Path, **options: Any) -> Pipeline:
     """The pipeline that was asked for, into a folder; `options` are the pipeline's own."""
+    from neuron_lens.explain.recipe import lasting
+
     corpus = arguments.corpus and [
         path if "://" in path else os.path.abspath(path) for path in arguments.corpus
     ]
     recipe = {
-        "model": _lasting(arguments.model),
+        "model": lasting(arguments.model),
         "corpus": corpus,
-        "sae": arguments.sae and _lasting(arguments.sae),
+        "sae": arguments.sae and lasting(arguments.sae),
     }
     return _pipeline(
         arguments.model,
@@ -77,6 +79,7 @@ def pipeline_of(arguments: argparse.Namespace, out: Path, **options: Any) -> Pip
         corpus_of(arguments.corpus),
         out,
         {"seed": arguments.seed},
+        name=Path(arguments.model).name,
         recipe=recipe,
         progress=not arguments.quiet,
         **options,
@@ -86,7 +89,8 @@ def pipeline_of(arguments: argparse.Namespace, out: Path, **options: Any) -> Pip
 def pipeline_of_folder(folder: Path, **options: Any) -> Pipeline:
     """The pipeline a run folder was made by, explainer included, from what its manifest says.
 
-    Raises RequestError for a folder that is no run, or was made by a script, which knows how to make it again.
+    Raises RequestError for a folder that is no run, or was made by a script from a model or corpus that no name or path
+    opens.
     """
     from neuron_lens.explain.run_folder import RunFolder
 
@@ -94,15 +98,16 @@ def pipeline_of_folder(folder: Path, **options: Any) -> Pipeline:
     recipe = manifest.recipe
     if not recipe:
         raise RequestError(
-            f"{folder} was made by a script: model and corpus are not known here; use "
-            "neuron_lens.explain.Pipeline with the same model and corpus"
+            f"{folder} was made by a script from what no name or path opens (a model made or changed by hand, text in "
+            "memory, an autoencoder or direction): use neuron_lens.explain.Pipeline with the same"
         )
     return _pipeline(
         recipe["model"],
         recipe["sae"],
-        corpus_of(recipe["corpus"]),
+        corpus_of(recipe["corpus"], manifest.corpus.name),
         folder,
         manifest.harvest,
+        name=manifest.model.name,
         recipe=recipe,
         **options,
     )
@@ -131,16 +136,10 @@ def _pipeline(
         model=model.eval(),
         corpus=corpus,
         folder=out,
-        name=Path(model_name).name,
         settings=HarvestSettings(shape=shape, **plain),
         autoencoders=autoencoders,
         **options,
     )
-
-
-def _lasting(path: str) -> str:
-    """A path that is right from everywhere; names and addresses stay."""
-    return os.path.abspath(path) if Path(path).exists() else path
 
 
 def _autoencoder(path_or_name: str) -> Autoencoder:
@@ -154,13 +153,13 @@ def _autoencoder(path_or_name: str) -> Autoencoder:
     return load_autoencoder(path if path.exists() else shipped_autoencoder(path_or_name), dtype=torch.float32)
 
 
-def corpus_of(paths: Sequence[str] | None) -> Corpus:
-    """The text that was named, or the shipped sample."""
+def corpus_of(paths: Sequence[str] | None, name: str | None = None) -> Corpus:
+    """The text at the paths, called `name` if it is given, or the shipped sample."""
     from neuron_lens.files.model_defs import model_defs_dir
     from neuron_lens.harvest.corpus import Corpus
 
     if paths is not None:
-        return Corpus.of_paths(paths)
+        return Corpus.of_paths(paths, name)
     return Corpus.of_paths([model_defs_dir() / _SAMPLE], name="the shipped sample")
 
 

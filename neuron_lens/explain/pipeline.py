@@ -26,6 +26,7 @@ from neuron_lens.errors import BackendError, RequestError
 from neuron_lens.explain.evidence import Evidence
 from neuron_lens.explain.explainers import Explainer, TokenStatistics, explainer_named
 from neuron_lens.explain.judging import Judging, Rehearsal, by_judge, controlled, with_scores
+from neuron_lens.explain.recipe import recipe_of
 from neuron_lens.explain.result import (
     Explanation,
     ModelFacts,
@@ -37,8 +38,7 @@ from neuron_lens.explain.result import (
 from neuron_lens.explain.run_folder import CorpusFacts, Manifest, Method, RunFolder, SourceFacts
 from neuron_lens.explain.scorers import BaseScorer, Causal, scorer_named
 from neuron_lens.explain.source_work import SourceWork
-from neuron_lens.explain.unit_sources import NamesUnits, grouped, source_of
-from neuron_lens.files.atomic import write_text_atomic
+from neuron_lens.explain.unit_sources import NamesUnits, blocks, source_of, sources_of
 from neuron_lens.llm import Backend, CachedBackend, Estimate, Price, estimate
 from neuron_lens.records import Unit
 
@@ -72,7 +72,8 @@ class Pipeline(NamesUnits):
         autoencoders, directions: those whose units can be asked for.
         pages: also write an HTML page for every unit and an index.
         progress: show progress bars on stderr.
-        recipe: how model and corpus can be had again, for commands that are given the folder only.
+        recipe: how model and corpus can be had again, for commands that are given the folder only; found out where both
+            were opened by name and path.
 
     Raises RequestError for names there are not, and when it runs, for a judge that is needed and not given, or a
     folder that holds a run of something else.
@@ -118,11 +119,7 @@ class Pipeline(NamesUnits):
 
     def harvest(self, units: Sequence[Unit]) -> Manifest:
         """Only harvest what the units need, and return what the folder now holds a run of."""
-        sources = self._check(units)
-        manifest = self._run_folder.check(self._manifest(sources, units))
-        self._harvest(sources)
-        self._run_folder.write_manifest(manifest)
-        return manifest
+        return self._prepare(units)
 
     def run(self, units: Sequence[Unit]) -> RunResult:
         """Explain and score the units, write everything, and return the index of the folder.
@@ -132,7 +129,7 @@ class Pipeline(NamesUnits):
         same call goes on from there. Units of the same run that the folder already holds stay in the index.
         """
         self._require_judge()
-        self._prepare(units)
+        self._prepare(units, self._method, self._scorers)
         summaries, reasons = self._run_folder.finished(self.model_facts, self._run_facts), dict[str, str]()
         todo = [unit for unit in units if unit.name not in summaries or self._unscored(summaries[unit.name])]
         try:
@@ -142,12 +139,12 @@ class Pipeline(NamesUnits):
                         summaries[result.unit.name] = result.summary()
                     bar.update(len(block))
         except BackendError:
-            self._write_index(summaries, reasons)
+            self._index(summaries, reasons)
             raise
         failed = [unit for unit in units if unit.name in reasons]
         if len(failed) == len(units):
             raise RequestError(f"no unit could be explained; {failed[0]}: {reasons[failed[0].name]}")
-        return self._write_index(summaries, reasons)
+        return self._index(summaries, reasons)
 
     def estimate(self, units: Sequence[Unit], price: Price | None = None) -> Estimate:
         """The calls, tokens and cost `run` would take, without making any. Harvests first, which costs nothing but time.
@@ -155,7 +152,7 @@ class Pipeline(NamesUnits):
         Failed calls, repairs and sentences that come out equal change the number.
         """
         self._require_judge()
-        self._prepare(units)
+        self._prepare(units, self._method, self._scorers)
         summaries, rehearsal = self._run_folder.finished(self.model_facts, self._run_facts), Rehearsal()
         for block in self._blocks(units):
             judging = replace(self._judging(block), rehearsal=rehearsal, progress=False)
@@ -181,15 +178,13 @@ class Pipeline(NamesUnits):
 
         manifest = self._run_folder.require_manifest()
         manifest.joined(self._manifest([], []), self.folder)
+        if not manifest.sources:
+            raise RequestError(f"{self.folder} holds no harvest to verify")
         found = []
         for facts in manifest.sources:
             source = source_of(facts.units(), self.model, self._dictionaries, self.directions)
-            folder = self._run_folder.harvest / source.name
-            found.append(
-                reproduce(source, folder, self.model_facts.fingerprint, n_units=n_units, n_windows=n_windows)
-            )
-        if not found:
-            raise RequestError(f"{self.folder} holds no harvest to verify")
+            folder, fingerprint = self._run_folder.harvest / source.name, self.model_facts.fingerprint
+            found.append(reproduce(source, folder, fingerprint, n_units=n_units, n_windows=n_windows))
         return found
 
     def explain(self, unit: Unit) -> UnitResult:
@@ -223,26 +218,11 @@ class Pipeline(NamesUnits):
 
     def _check(self, units: Sequence[Unit]) -> list[UnitSource]:
         """The sources of the units. Raises RequestError for a unit that does not exist, before any work."""
-        if not units:
-            raise RequestError("no units to explain: name at least one layer and neuron")
-        last = self.model.config.n_layers - 1
-        for unit in units:
-            if unit.layer > last:
-                raise RequestError(
-                    f"layer {unit.layer} does not exist: {self.model_facts.name} has layers 0 to {last}"
-                )
-        sources = []
-        for own in grouped(units):
-            source = source_of(own, self.model, self._dictionaries, self.directions)
-            beyond = [unit.index for unit in own if unit.index >= source.n_units]
-            if beyond:
-                raise RequestError(
-                    f"{source.kind} {beyond[0]} does not exist: {self.model_facts.name} has 0 to "
-                    f"{source.n_units - 1} in every layer"
-                )
-            self._sources |= dict.fromkeys(own, source)
-            sources.append(source)
-        return sources
+        of_units = sources_of(
+            units, self.model, self._dictionaries, self.directions, model_name=self.model_facts.name
+        )
+        self._sources |= of_units
+        return list(dict.fromkeys(of_units.values()))
 
     def _require_judge(self) -> None:
         """Refuse before any work what would be refused after it."""
@@ -254,12 +234,15 @@ class Pipeline(NamesUnits):
         if len(set(names)) < len(names):
             raise RequestError(f"each scorer is named once; got {', '.join(names)}")
 
-    def _prepare(self, units: Sequence[Unit]) -> None:
+    def _prepare(
+        self, units: Sequence[Unit], explainer: Method | None = None, scorers: Sequence[BaseScorer] = ()
+    ) -> Manifest:
         """Harvest what the units need, and write down what is done here."""
         sources = self._check(units)
-        manifest = self._run_folder.check(self._manifest(sources, units, self._method, self._scorers))
+        manifest = self._run_folder.check(self._manifest(sources, units, explainer, scorers))
         self._harvest(sources)
         self._run_folder.write_manifest(manifest)
+        return manifest
 
     @cached_property
     def _judge(self) -> CachedBackend | None:
@@ -289,11 +272,7 @@ class Pipeline(NamesUnits):
         return Manifest(
             method_version=_VERSION,
             model=self.model_facts,
-            corpus=CorpusFacts(
-                name=self.corpus.name,
-                fingerprint=self.corpus.fingerprint,
-                n_documents=self.corpus.n_documents,
-            ),
+            corpus=CorpusFacts.of(self.corpus),
             harvest=self._settings.plain(),
             sources=tuple(
                 SourceFacts.of(source, [unit for unit in units if self._sources[unit] is source])
@@ -301,7 +280,7 @@ class Pipeline(NamesUnits):
             ),
             explainer=explainer,
             scorers={scorer.name: Method.of(scorer, self.backend) for scorer in scorers},
-            recipe=self.recipe,
+            recipe=self.recipe or recipe_of(self.model, self.corpus, [*self.autoencoders, *self.directions]),
         ).with_prompts()
 
     def _evidence_of(self, unit: Unit) -> Evidence:
@@ -309,10 +288,7 @@ class Pipeline(NamesUnits):
 
     def _blocks(self, units: Sequence[Unit]) -> Iterator[list[Unit]]:
         """Units of one source each, so many as a judge is asked about together."""
-        size = 1 if self._explainer is None and not self._scorers else _BLOCK
-        for own in grouped(units):
-            for begin in range(0, len(own), size):
-                yield own[begin : begin + size]
+        return blocks(units, 1 if self._explainer is None and not self._scorers else _BLOCK)
 
     def _judging(self, block: Sequence[Unit]) -> Judging:
         work = self._work[self._sources[block[0]].name]
@@ -359,7 +335,7 @@ class Pipeline(NamesUnits):
             result = self.explain(unit)
             if explanation is not None:
                 result = by_judge(result, explanation)
-            self._write(result)
+            self._run_folder.write_result(result, page=self.pages)
             summaries[unit.name] = result.summary()
             results.append(result)
         return results
@@ -378,7 +354,7 @@ class Pipeline(NamesUnits):
         changed = []
         for result, said in zip(results, scored, strict=True):
             changed.append(with_scores(result, said))
-            self._write(changed[-1])
+            self._run_folder.write_result(changed[-1], page=self.pages)
         return changed
 
     def _harvest(self, sources: list[UnitSource]) -> None:
@@ -416,31 +392,8 @@ class Pipeline(NamesUnits):
             settings=digest.hexdigest(),
         )
 
-    def _write(self, result: UnitResult) -> None:
-        """The page first: a unit counts as done when its result.json is there."""
-        if self.pages:
-            from neuron_lens.report.pages import write_unit_page
-
-            write_unit_page(result, self.folder)
-        write_text_atomic(self._run_folder.result_path(result.unit), result.model_dump_json() + "\n")
-
-    def _write_index(self, summaries: dict[str, UnitSummary], reasons: dict[str, str]) -> RunResult:
-        ordered = tuple(sorted(summaries.values(), key=_order))
-        run = RunResult(
-            model=self.model_facts,
-            run=self._run_facts,
-            units=ordered,
-            unexplained=dict(sorted(reasons.items())),
-        )
-        write_text_atomic(self._run_folder.index, run.model_dump_json() + "\n")
-        if self.pages and run.units:
-            from neuron_lens.report.pages import write_index
-
-            write_index(run, self.folder)
+    def _index(self, summaries: dict[str, UnitSummary], reasons: dict[str, str]) -> RunResult:
+        """Write the index of what is done, and return it."""
+        run = RunResult.of(self.model_facts, self._run_facts, summaries.values(), reasons)
+        self._run_folder.write_run(run, page=self.pages)
         return run
-
-
-def _order(summary: UnitSummary) -> tuple[int, str, str, int]:
-    """Where a unit stands in the index: by layer, neurons first, then by index."""
-    unit = summary.unit
-    return (unit.layer, "" if unit.kind == "neuron" else unit.kind, unit.dictionary, unit.index)

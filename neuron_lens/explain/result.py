@@ -10,7 +10,7 @@ A run folder holds `run.json` (a `RunResult`) and, for every unit, `units/<unit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
@@ -297,6 +297,27 @@ class RunResult(Record):
     run: RunFacts
     units: tuple[UnitSummary, ...]
     unexplained: dict[str, str] = Field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        model: ModelFacts,
+        run: RunFacts,
+        summaries: Iterable[UnitSummary],
+        unexplained: Mapping[str, str],
+    ) -> Self:
+        """Put rows in order: by layer, neurons first, then by index."""
+
+        def place(summary: UnitSummary) -> tuple[int, str, str, int]:
+            unit = summary.unit
+            return (unit.layer, "" if unit.kind == "neuron" else unit.kind, unit.dictionary, unit.index)
+
+        return cls(
+            model=model,
+            run=run,
+            units=tuple(sorted(summaries, key=place)),
+            unexplained=dict(sorted(unexplained.items())),
+        )
 
     def __iter__(self) -> Iterator[UnitSummary]:  # type: ignore[override]  # rows, not fields
         return iter(self.units)

@@ -29,6 +29,7 @@ from neuron_lens.llm import Backend
 from neuron_lens.records import Record, Unit
 
 if TYPE_CHECKING:
+    from neuron_lens.harvest.corpus import Corpus
     from neuron_lens.harvest.sources import UnitSource
 
 __all__ = ["CorpusFacts", "Manifest", "Method", "RunFolder", "SourceFacts"]
@@ -78,6 +79,11 @@ class CorpusFacts(Record):
     fingerprint: str
     n_documents: NonNegativeInt
 
+    @classmethod
+    def of(cls, corpus: Corpus) -> CorpusFacts:
+        """Of a corpus."""
+        return cls(name=corpus.name, fingerprint=corpus.fingerprint, n_documents=corpus.n_documents)
+
 
 class SourceFacts(Record):
     """Units of one kind, layer, site and dictionary that were harvested; `indices` None: all of the layer."""
@@ -114,8 +120,8 @@ class Manifest(Record):
     """What a run folder is a run of.
 
     `harvest` are the settings; `explainer` is None before anything is explained; `scorers` by name; `prompts` maps the
-    names of all prompts used to the hashes of their text; `recipe` says how the command line came by model, corpus
-    and autoencoder, for the commands that are given a run folder only.
+    names of all prompts used to the hashes of their text; `recipe` says how model, corpus and autoencoder are had again
+    (see `explain.recipe`), for the commands that are given a run folder only.
     """
 
     format: Literal["neuron_lens run"] = "neuron_lens run"
@@ -183,6 +189,9 @@ class RunFolder:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self._written: set[tuple[str, int, str, str]] = (
+            set()
+        )  # kinds of units with new pages since the last index
 
     @property
     def harvest(self) -> Path:
@@ -245,6 +254,27 @@ class RunFolder:
         """Where a unit's result lies."""
         return self.path / "units" / unit.name / "result.json"
 
+    def write_result(self, result: UnitResult, *, page: bool) -> None:
+        """Write a unit's result and, if asked, its page: the page first, as a unit counts as done when its result.json is
+        there."""
+        if page:
+            from neuron_lens.report.pages import write_unit_page
+
+            write_unit_page(result, self.path)
+        write_text_atomic(self.result_path(result.unit), result.model_dump_json() + "\n")
+        self._written.add(_together(result.unit))
+
+    def write_run(self, run: RunResult, *, page: bool) -> None:
+        """Write the index and, if asked, its page and the links between units' pages that could not be there before."""
+        write_text_atomic(self.index, run.model_dump_json() + "\n")
+        if page and run.units:
+            from neuron_lens.report.pages import link_pages, write_index
+
+            near = [one.unit for one in run.units if _together(one.unit) in self._written]
+            link_pages((UnitResult.read(self.result_path(unit)) for unit in near), self.path)
+            write_index(run, self.path)
+        self._written.clear()
+
     def run(self) -> RunResult:
         """The index of finished units. Raises RequestError when there is none."""
         return RunResult.read(self.index)
@@ -270,3 +300,8 @@ class RunFolder:
                 if (result.model, result.run) == (model, run):
                     summaries[result.unit.name] = result.summary()
         return summaries
+
+
+def _together(unit: Unit) -> tuple[str, int, str, str]:
+    """What units have in common that can be similar."""
+    return (unit.kind, unit.layer, unit.site, unit.dictionary)

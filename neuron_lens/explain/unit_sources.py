@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from neuron_lens.harvest.sources import Direction, UnitSource
     from neuron_lens.transformer import Transformer
 
-__all__ = ["NamesUnits", "grouped", "source_of"]
+__all__ = ["NamesUnits", "blocks", "grouped", "source_of", "sources_of"]
 
 
 def grouped(units: Sequence[Unit]) -> list[list[Unit]]:
@@ -24,6 +24,13 @@ def grouped(units: Sequence[Unit]) -> list[list[Unit]]:
     for unit in units:
         groups.setdefault((unit.kind, unit.layer, unit.site, unit.dictionary), []).append(unit)
     return list(groups.values())
+
+
+def blocks(units: Sequence[Unit], size: int) -> Iterator[list[Unit]]:
+    """At most `size` units at a time, of one source each."""
+    for own in grouped(units):
+        for begin in range(0, len(own), size):
+            yield own[begin : begin + size]
 
 
 def source_of(
@@ -73,6 +80,36 @@ def source_of(
             f"{first} at {first.site}: its {first.kind} source reads {source.site} of layer {source.layer}"
         )
     return source
+
+
+def sources_of(
+    units: Sequence[Unit],
+    model: Transformer,
+    autoencoders: Mapping[str, Autoencoder],
+    directions: Sequence[Direction],
+    *,
+    model_name: str,
+) -> dict[Unit, UnitSource]:
+    """The source of every unit, one for those that share it; see `source_of`.
+
+    Raises RequestError for no units at all, or a unit that does not exist.
+    """
+    if not units:
+        raise RequestError("no units to explain: name at least one layer and neuron")
+    last = model.config.n_layers - 1
+    for unit in units:
+        if unit.layer > last:
+            raise RequestError(f"layer {unit.layer} does not exist: {model_name} has layers 0 to {last}")
+    found: dict[Unit, UnitSource] = {}
+    for own in grouped(units):
+        source = source_of(own, model, autoencoders, directions)
+        beyond = [unit.index for unit in own if unit.index >= source.n_units]
+        if beyond:
+            raise RequestError(
+                f"{source.kind} {beyond[0]} does not exist: {model_name} has 0 to {source.n_units - 1} in every layer"
+            )
+        found |= dict.fromkeys(own, source)
+    return found
 
 
 class NamesUnits:

@@ -97,6 +97,8 @@ def _load_folder(
 
     model = _built(config, definition, tensors.names(), get, convert, str(folder))
     model.tokenizer = _tokenizer(tokenizer, folder)
+    if dtype is None and revision is None and isinstance(tokenizer, str) and tokenizer == "its own":
+        model.loaded_from = str(name)
     return model
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from neuron_lens.explain.result import Explanation, Score, ScorerResult, UnitResult
+from neuron_lens.records import Unit
 from neuron_lens.report.charts import Estimate, interval_svg
 from neuron_lens.report.html import Child, Html, element, fragment
 from neuron_lens.report.tables import table
@@ -122,13 +125,13 @@ def baseline_section(result: UnitResult) -> Html | None:
     )
 
 
-def similar_section(result: UnitResult) -> Html | None:
-    """Units that are active at the same tokens."""
+def similar_section(result: UnitResult, linked: Collection[str]) -> Html | None:
+    """Units that are active at the same tokens; those `linked` by name have pages in folders beside this one's."""
     if not result.similar:
         return None
     rows: list[list[Child]] = [
         [
-            f"{one.unit.kind} {one.unit.index}",
+            _linked(one.unit, linked),
             decimals(one.pearson),
             decimals(one.jaccard),
             decimals(one.cosine),
@@ -143,6 +146,11 @@ def similar_section(result: UnitResult) -> Html | None:
             ["Unit", "Correlation", "Tokens shared (Jaccard)", "Cosine"], rows, figures=frozenset({1, 2, 3})
         ),
     )
+
+
+def _linked(unit: Unit, linked: Collection[str]) -> Child:
+    words = f"{unit.kind} {unit.index}"
+    return element("a", words, href=f"../{unit.name}/index.html") if unit.name in linked else words
 
 
 def _estimate(label: str, score: Score | None, kind: str) -> Estimate:

@@ -8,6 +8,8 @@ as zero.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from neuron_lens.explain.result import Control, Score, UnitResult
 from neuron_lens.report.charts import Estimate, histogram_svg, interval_svg
 from neuron_lens.report.effects import effect_section, next_tokens_section, rules_section
@@ -29,8 +31,9 @@ from neuron_lens.report.words import (
 __all__ = ["unit_body"]
 
 
-def unit_body(result: UnitResult, *, index_href: str | None) -> Html:
-    """The page's body; `index_href` is where the list of units is, None for a page that stands alone."""
+def unit_body(result: UnitResult, *, index_href: str | None, linked: Collection[str] = ()) -> Html:
+    """The page's body; `index_href` is where the list of units is, None for a page that stands alone; `linked` are the
+    names of units with pages to link to."""
     unit = result.unit
     heading = f"{unit.kind.capitalize()} {unit.index} of layer {unit.layer}"
     crumbs: list[Child] = [element("a", "All units", href=index_href), " · "] if index_href else []
@@ -43,7 +46,7 @@ def unit_body(result: UnitResult, *, index_href: str | None) -> Html:
         ("activations", "Activations", _activations(result)),
         ("tokens", "Next tokens", next_tokens_section(result)),
         ("effect", "Effect", effect_section(result.causal)),
-        ("similar", "Similar units", similar_section(result)),
+        ("similar", "Similar units", similar_section(result, linked)),
         ("baseline", "Baseline", baseline_section(result)),
         ("rules", "Rules", rules_section(result.explanation.predicate)),
         ("facts", "Facts", _facts(result)),

@@ -33,11 +33,14 @@ class Transformer(nn.Module):
     """A decoder-only transformer of the parts its configuration chooses.
 
     Holds no hook state: hooks are an argument of the call. `tokenizer` travels with the model (None when there is none).
+    `loaded_from` is the name or path that opens the same checkpoint again without any option, where there is one.
 
     Args:
         config: what the model is made of.
         seed: weights are drawn from N(0, 0.02²) with this seed; None leaves them as torch allocates them.
     """
+
+    loaded_from: str | None = None
 
     def __init__(self, config: TransformerConfig, *, seed: int | None = 0, tokenizer: Any = None) -> None:
         super().__init__()
