@@ -112,6 +112,11 @@ class Intervention(Frozen):
         for path in self.sites():
             site = site_named(path)
             axes = site.axes or ()
+            if "token" in axes:
+                raise ValueError(
+                    f"{path} runs once for each expert, on the tokens that use it: it has no rows and positions to name; "
+                    "append a hook to its path (its context says which expert and tokens)"
+                )
             if self.layers is not None and not site.per_layer:
                 raise ValueError(f"{path} belongs to no layer; leave layers out")
             if self.heads is not None and not set(axes) & set(HEAD_AXES):

@@ -32,7 +32,7 @@ __all__ = ["Group", "Job", "Part", "jobs_of", "row_bytes", "takes_from_elsewhere
 AFTER_MIXING = frozenset(
     ["attn.q", "attn.rot_q", "attn.q_in", "attn.qk_logits", "attn.qk_probs", "attn.qk_softmax_denominator"]
     + ["attn.v_out", "attn.result", "mlp.pre_act", "mlp.pre_linear", "mlp.post_act", "mlp.router_logits"]
-    + ["mlp.expert_weights"]
+    + ["mlp.router_probs", "mlp.expert_indices", "mlp.expert_weights"]
     + [
         f"resid.torso.{site}"
         for site in ("delta_attn", "post_attn", "mlp_in", "post_ln_mlp", "delta_mlp", "post_mlp")

@@ -339,6 +339,7 @@ BAD = [
     ({"site": "resid.torso.pre_atn"}, "did you mean 'resid.torso.pre_attn'"),
     ({"site": STREAM, "layers": 7}, "layer 7 does not exist: the model has 3"),
     ({"site": STREAM, "heads": 0}, "has no heads"),
+    ({"site": "mlp.expert_post_act"}, "runs once for each expert"),
     ({"site": "attn.v_out", "heads": 4}, "head 4 does not exist"),
     ({"site": "attn.rot_q"}, "never fires in this model"),
     ({"site": "logits", "layers": 0}, "belongs to no layer"),
