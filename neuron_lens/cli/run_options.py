@@ -65,12 +65,10 @@ def pipeline_of(arguments: argparse.Namespace, out: Path, **options: Any) -> Pip
     """The pipeline that was asked for, into a folder; `options` are the pipeline's own."""
     from neuron_lens.explain.recipe import lasting
 
-    corpus = arguments.corpus and [
-        path if "://" in path else os.path.abspath(path) for path in arguments.corpus
-    ]
     recipe = {
         "model": lasting(arguments.model),
-        "corpus": corpus,
+        "corpus": arguments.corpus,
+        "folder": os.getcwd(),
         "sae": arguments.sae and lasting(arguments.sae),
     }
     return _pipeline(
@@ -104,7 +102,7 @@ def pipeline_of_folder(folder: Path, **options: Any) -> Pipeline:
     return _pipeline(
         recipe["model"],
         recipe["sae"],
-        corpus_of(recipe["corpus"], manifest.corpus.name),
+        corpus_of(recipe["corpus"], manifest.corpus.name, recipe.get("folder")),
         folder,
         manifest.harvest,
         name=manifest.model.name,
@@ -153,13 +151,13 @@ def _autoencoder(path_or_name: str) -> Autoencoder:
     return load_autoencoder(path if path.exists() else shipped_autoencoder(path_or_name), dtype=torch.float32)
 
 
-def corpus_of(paths: Sequence[str] | None, name: str | None = None) -> Corpus:
-    """The text at the paths, called `name` if it is given, or the shipped sample."""
+def corpus_of(paths: Sequence[str] | None, name: str | None = None, base: str | None = None) -> Corpus:
+    """The text at the paths, called `name` and relative to `base` if these are given, or the shipped sample."""
     from neuron_lens.files.model_defs import model_defs_dir
     from neuron_lens.harvest.corpus import Corpus
 
     if paths is not None:
-        return Corpus.of_paths(paths, name)
+        return Corpus.of_paths(paths, name, base=base)
     return Corpus.of_paths([model_defs_dir() / _SAMPLE], name="the shipped sample")
 
 

@@ -1,6 +1,7 @@
 """How the model and the corpus of a run are had again, for commands that are given its folder only.
 
-    {"model": name or path, "corpus": [paths] or None for the shipped sample, "sae": path or name or None}
+    {"model": name or path, "corpus": [paths] or None for the shipped sample, "folder": where relative ones begin,
+     "sae": path or name or None}
 
 What was opened otherwise cannot be opened by a command: then there is no recipe. Whether what is opened again is still
 the same is held to the fingerprints in the manifest, not believed.
@@ -27,7 +28,12 @@ def recipe_of(model: Transformer, corpus: Corpus, others: Sequence[object] = ())
     """
     if model.loaded_from is None or corpus.paths is None or others:
         return {}
-    return {"model": lasting(model.loaded_from), "corpus": list(corpus.paths), "sae": None}
+    return {
+        "model": lasting(model.loaded_from),
+        "corpus": list(corpus.paths),
+        "folder": corpus.base,
+        "sae": None,
+    }
 
 
 def lasting(path: str) -> str:

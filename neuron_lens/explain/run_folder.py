@@ -164,7 +164,8 @@ class Manifest(Record):
                 "explainer": self.explainer or other.explainer,
                 "scorers": self.scorers | other.scorers,
                 "prompts": self.prompts | other.prompts,
-                "recipe": self.recipe or other.recipe,
+                # What one command did without, an autoencoder, another may have named.
+                "recipe": other.recipe | {name: value for name, value in self.recipe.items() if value},
             }
         )
 

@@ -97,10 +97,11 @@ class Row:
 class Corpus:
     """Documents that can be read as often as needed: `name`, `fingerprint`, and iteration.
 
-    `paths` are those `of_paths` alone opens the same text by, from everywhere; None where there are none.
+    `paths` and `base` are those by which `of_paths` alone opens the same text, from everywhere; None where there are none.
     """
 
     paths: tuple[str, ...] | None = None
+    base: str | None = None
 
     def __init__(self, name: str, read: Callable[[], Iterator[Document]]) -> None:
         """`read` begins anew at every call. Raises RequestError when there is no text at all."""
@@ -129,23 +130,43 @@ class Corpus:
 
     @classmethod
     def of_paths(
-        cls, paths: Sequence[str | Path], name: str | None = None, *, text_key: str = "text"
+        cls,
+        paths: Sequence[str | Path],
+        name: str | None = None,
+        *,
+        text_key: str = "text",
+        base: str | None = None,
     ) -> Corpus:
         """Files, folders (searched for text files), globs, and addresses of remote files that blobfile opens.
 
         Of `.jsonl` and `.jsonl.gz` every line is a document, of `.parquet` (extra `parquet`) every row: an
-        object with `text_key` and, if it likes, "path" or "name".
+        object with `text_key` and, if it likes, "path" or "name". Relative paths begin at `base` (default: the working
+        folder), which is no part of documents' names.
 
         Raises RequestError for a path that matches nothing, a named file that is not UTF-8, a bad line, a column
         that is not there, or no text at all; CheckpointError for a remote file that cannot be fetched.
         """
-        files = [file for path in paths for file in files_of(str(path))]
+        given = [str(path) for path in paths]
+        own = "" if base is None else os.path.join(base, "")
+        places = [
+            path if "://" in path else own + path if not os.path.isabs(path) else path for path in given
+        ]
+        files = [
+            (file, "" if place == path else own)
+            for path, place in zip(given, places, strict=True)
+            for file in files_of(place)
+        ]
         name = name or ", ".join(str(path) for path in paths)
         corpus = cls(
-            name, lambda: (document for file in files for document in documents_of_file(file, text_key))
+            name,
+            lambda: (
+                Document(document.name.removeprefix(prefix), document.text)
+                for file, prefix in files
+                for document in documents_of_file(file, text_key)
+            ),
         )
         if text_key == "text":
-            corpus.paths = tuple(path if "://" in path else os.path.abspath(path) for path in map(str, paths))
+            corpus.paths, corpus.base = tuple(given), base or os.getcwd()
         return corpus
 
     @classmethod

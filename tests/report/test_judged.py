@@ -9,7 +9,7 @@ import pytest
 
 from neuron_lens.explain.result import UnitResult
 from neuron_lens.report import index_page, unit_page, write_pages
-from neuron_lens.report.pages import _gather
+from neuron_lens.report.pages import _gather, link_pages
 
 from .browser import open_page
 from .parsing import page
@@ -38,6 +38,21 @@ def test_a_page_holds_every_score_with_its_controls() -> None:
 def test_a_window_misses_a_simulation_only_where_there_is_one() -> None:
     assert "no prediction was obtained" in page(unit_page(judged_result())).text()
     assert "no prediction was obtained" not in page(unit_page(judged_result(simulated=False))).text()
+
+
+def test_similar_units_are_links_where_they_have_a_page(tmp_path: Path) -> None:
+    """Made results say they are similar to neuron 3, whose page is written after that of neuron 1."""
+    first, third = judged_result(1), judged_result(3)
+    write_pages([first], tmp_path)
+    path = tmp_path / first.summary().path / "index.html"
+    assert link_pages([first], tmp_path) == 0 and "../layer2_neuron3/" not in path.read_text()
+    write_pages([first, third], tmp_path)
+    assert link_pages([first, third], tmp_path) == 1 and link_pages([first, third], tmp_path) == 0
+    (link,) = [
+        node for node in page(path.read_text()).find("a") if node.attributes["href"].startswith("../layer")
+    ]
+    assert link.text() == "neuron 3" and (path.parent / link.attributes["href"]).is_file()
+    assert "../layer2_neuron3/" not in (tmp_path / third.summary().path / "index.html").read_text()
 
 
 def test_results_of_before_can_be_read() -> None:
