@@ -65,8 +65,6 @@ NAMES = {
     "train": "train HookedTransformerTrainConfig",
     "SVDInterpreter": "get_singular_vectors",
 }
-# There, and they raise with what to use instead.
-REFUSING = {"append_attention_mask"}
 
 
 def table() -> str:
@@ -86,11 +84,7 @@ def table() -> str:
         }
         found = held.get(owner) or getattr(root, owner)
         every = names.split()
-        offered = [
-            name
-            for name in every
-            if (hasattr(type(found), name) or hasattr(found, name)) and name not in REFUSING
-        ]
+        offered = [name for name in every if hasattr(type(found), name) or hasattr(found, name)]
         refused = ", ".join(f"`{name}`" for name in every if name not in offered)
         rows.append(f"| `{owner}` | {len(offered)} of {len(every)} | {refused or '–'} |")
     return "\n".join(rows)
