@@ -31,6 +31,7 @@ def add(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Write, and say where."""
     from neuron_lens.explain.run_folder import RunFolder
+    from neuron_lens.llm import RequestCache
 
     folder, kind = RunFolder(arguments.folder), arguments.format
     folder.require_manifest()
@@ -47,6 +48,12 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         count = _openai(folder, out) if kind == "openai" else _neuronpedia(folder, out)
         print(f"{count} units in {out}")
+    if folder.requests.is_file():
+        calls, usage = RequestCache(folder.requests).spent()
+        print(
+            f"asked of judges in all: {calls:,} calls, {usage.prompt_tokens:,} tokens read, "
+            f"{usage.completion_tokens:,} written"
+        )
     return 0
 
 

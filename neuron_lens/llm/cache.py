@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from neuron_lens.errors import BackendError
 from neuron_lens.llm.backend import Backend, Capabilities, request_key
-from neuron_lens.llm.request import Request, Response, problems_of
+from neuron_lens.llm.request import Request, Response, Usage, problems_of
 
 __all__ = ["CachedBackend", "RequestCache"]
 
@@ -53,6 +53,14 @@ class RequestCache:
         with self._connected() as connection:
             (count,) = connection.execute("SELECT count(*) FROM answers").fetchone()
             return int(count)
+
+    def spent(self) -> tuple[int, Usage]:
+        """How many answers are stored, and the tokens they took as their backends told them."""
+        column = "coalesce(sum(json_extract(response, '$.usage.{}')), 0)"
+        columns = ", ".join(["count(*)", *map(column.format, ("prompt_tokens", "completion_tokens"))])
+        with self._connected() as connection:
+            calls, prompt, completion = connection.execute(f"SELECT {columns} FROM answers").fetchone()
+        return int(calls), Usage(prompt_tokens=prompt, completion_tokens=completion)
 
     def get(self, key: str) -> Response | None:
         """The response stored under `key`, or None."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ def test_batches_change_nothing(model: Transformer, tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_cached_is_refused_and_leaves_no_cache(
-    model: Transformer, tmp_path: Path, options: dict[str, int], complaint: str
+    model: Transformer, tmp_path: Path, options: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(RequestError, match=complaint):
         write_delphi_cache(

@@ -222,3 +222,12 @@ def test_a_forked_process_opens_its_own_connection(tmp_path: Path) -> None:
             os._exit(code)
     assert os.waitpid(pid, 0)[1] == 0
     assert cache.has("in the child") and cache.has("before")
+
+
+def test_what_was_spent_is_the_sum_of_what_was_told(tmp_path: Path) -> None:
+    cache = RequestCache(tmp_path / "c")
+    assert cache.spent() == (0, Usage())
+    told = [Usage(prompt_tokens=10, completion_tokens=3), None, Usage(prompt_tokens=5)]
+    for place, usage in enumerate(told):
+        cache.put(str(place), Response(text="x", usage=usage), kind="k", model="m", request=ask("a"))
+    assert cache.spent() == (3, Usage(prompt_tokens=15, completion_tokens=3))
