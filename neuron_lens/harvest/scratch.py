@@ -18,11 +18,12 @@ __all__ = ["ScratchFile", "ScratchRows"]
 
 
 class ScratchFile:
-    """A nameless file in a folder; `rows` gives arrays in it. Only what is written takes space."""
+    """A nameless file on the disk of a folder; `rows` gives arrays in it. Only what is written takes space."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed below
+        # The folder is there when there is something to keep: a refused run leaves none behind.
+        there = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+        self._file = tempfile.TemporaryFile(dir=there, buffering=0)  # noqa: SIM115 - closed below
         weakref.finalize(self, self._file.close)
         self._size = 0
 
