@@ -344,6 +344,19 @@ def test_bad_cells_are_refused_before_work_starts(cell: Any, message: str, monke
         sweep(model, prompts(), [cell], DIFFERENCE)
 
 
+def test_bad_grids_texts_and_budgets_are_refused_before_work_starts(monkeypatch) -> None:
+    model, tokens = tiny_model(), prompts()
+    monkeypatch.setattr(SweepRunner, "start", lambda self: pytest.fail("work started"))
+    with pytest.raises(RequestError, match="head 4 does not exist"):
+        sweep(model, tokens, grid("attn.v_out", Zero, layers=[0, 1], heads=range(5)), DIFFERENCE)
+    with pytest.raises(RequestError, match="memory budget of 1,000 bytes is too small"):
+        sweep(model, tokens, [Zero(site=STREAM)], DIFFERENCE, memory_budget=1000)
+    pico = Transformer.load("pico")
+    written = torch.tensor([pico.tokenizer.encode("import os")])
+    with pytest.raises(RequestError, match="yield"):
+        sweep(pico, written, [Zero(site=STREAM, positions=" yield")], TokenLogit(3))
+
+
 def test_bad_metrics_and_prompts_are_refused() -> None:
     model, tokens, cells = tiny_model(), prompts(), [Zero(site=STREAM)]
     with pytest.raises(RequestError, match="one number for each row"):
