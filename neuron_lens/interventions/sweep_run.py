@@ -83,6 +83,7 @@ class SweepRunner:
             if group is None or not self._joins(group, job):
                 if group is not None:
                     yield self._ordered(group)
+                self.cells_at_once(job.first, job.opened)  # refused now, not when its turn comes
                 group = Group(job.first, job.splits_heads)
             group.jobs.append(job)
             group.first = min(group.first, job.first)
