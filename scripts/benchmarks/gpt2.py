@@ -6,7 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SMALL", "TINY", "open_ours", "open_transformers", "tokens_of", "write_gpt2"]
+__all__ = [
+    "SMALL",
+    "TINY",
+    "open_ours",
+    "open_transformer_lens",
+    "open_transformers",
+    "tokens_of",
+    "write_gpt2",
+]
 
 SMALL = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}
 TINY = {"n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": 97, "n_positions": 128}
@@ -68,3 +76,21 @@ def open_transformers(folder: Path) -> Any:
     from transformers import GPT2LMHeadModel
 
     return GPT2LMHeadModel.from_pretrained(folder, attn_implementation="sdpa").eval()
+
+
+def open_transformer_lens(folder: Path, kind: type[Any] | None = None) -> Any:
+    """The model in transformer-lens, its weights as they are; `kind` stands in for HookedTransformer."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
+    from transformers import GPT2LMHeadModel
+
+    sizes = json.loads((folder / "config.json").read_text())
+    cfg = HookedTransformerConfig(
+        n_layers=sizes["n_layer"], d_model=sizes["n_embd"], n_ctx=sizes["n_positions"], n_heads=sizes["n_head"],
+        d_head=sizes["n_embd"] // sizes["n_head"], d_vocab=sizes["vocab_size"], act_fn="gelu_new", device="cpu",
+    )  # fmt: skip
+    model = (kind or HookedTransformer)(cfg)
+    steps = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
+    weights = convert_gpt2_weights(GPT2LMHeadModel.from_pretrained(folder), cfg)
+    model.load_and_process_state_dict(weights, **dict.fromkeys(steps, False))
+    return model.eval()

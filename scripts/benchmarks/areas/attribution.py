@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.area import Case, Peer
-from benchmarks.gpt2 import SMALL, TINY, open_ours, tokens_of, write_gpt2
+from benchmarks.gpt2 import SMALL, TINY, open_ours, open_transformer_lens, tokens_of, write_gpt2
 
 TARGETS = {"edge attribution": "time and peak memory are reported"}
 MEASURES_MEMORY = True
@@ -84,19 +84,9 @@ def _passes_alone(case: Case, folder: Path) -> Callable[[], Any]:
 
 def _transformer_lens(case: Case, folder: Path) -> Callable[[], Any]:
     import torch
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-    from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
-    from transformers import GPT2LMHeadModel
 
     sizes = case.sizes["model"]
-    cfg = HookedTransformerConfig(
-        n_layers=sizes["n_layer"], d_model=sizes["n_embd"], n_heads=sizes["n_head"], n_ctx=sizes["n_positions"],
-        d_head=sizes["n_embd"] // sizes["n_head"], d_mlp=4 * sizes["n_embd"], d_vocab=sizes["vocab_size"],
-        act_fn="gelu_new", normalization_type="LN", eps=1e-5, device="cpu",
-    )  # fmt: skip
-    model = HookedTransformer(cfg)
-    source = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
-    model.load_state_dict(convert_gpt2_weights(source, cfg), strict=False)
+    model = open_transformer_lens(folder)
     model.requires_grad_(False)
     model.set_use_split_qkv_input(True)
     model.set_use_attn_result(True)

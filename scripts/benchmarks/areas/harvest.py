@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.area import Case, Peer
-from benchmarks.gpt2 import SMALL, TINY, open_ours, tokens_of, write_gpt2
+from benchmarks.gpt2 import SMALL, TINY, open_ours, open_transformer_lens, tokens_of, write_gpt2
 
 TARGETS = {"forward, truncated": "at most 1.18 (0.85 of its tokens per second)"}
 
@@ -138,20 +138,9 @@ def _saelens(case: Case, folder: Path) -> Callable[[], Any]:
     """`ActivationsStore.get_activations` of one layer's neurons, on transformer-lens."""
     import torch
     from sae_lens import ActivationsStore
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-    from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
-    from transformers import GPT2LMHeadModel
 
     sizes = case.sizes["model"]
-    cfg = HookedTransformerConfig(
-        n_layers=sizes["n_layer"], d_model=sizes["n_embd"], n_ctx=sizes["n_positions"], n_heads=sizes["n_head"],
-        d_head=sizes["n_embd"] // sizes["n_head"], d_vocab=sizes["vocab_size"], act_fn="gelu_new", device="cpu",
-    )  # fmt: skip
-    model = HookedTransformer(cfg)
-    weights = convert_gpt2_weights(GPT2LMHeadModel.from_pretrained(folder), cfg)
-    steps = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
-    model.load_and_process_state_dict(weights, **dict.fromkeys(steps, False))
-    model.eval()
+    model = open_transformer_lens(folder)
     batches = _ids(case)
     from datasets import Dataset
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.area import Case, Peer
-from benchmarks.gpt2 import SMALL, TINY, open_ours, tokens_of, write_gpt2
+from benchmarks.gpt2 import SMALL, TINY, open_ours, open_transformer_lens, tokens_of, write_gpt2
 
 TARGETS = {
     "forward and two products": "at most 1.05",
@@ -100,19 +100,8 @@ def _products(case: Case, folder: Path, count: int) -> Callable[[], Any]:
 def _theirs(case: Case, folder: Path) -> Callable[[], Any]:
     import torch
     from sae_lens import SAE, HookedSAETransformer
-    from transformer_lens import HookedTransformerConfig
-    from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
-    from transformers import GPT2LMHeadModel
 
-    sizes = case.sizes["model"]
-    cfg = HookedTransformerConfig(
-        n_layers=sizes["n_layer"], d_model=sizes["n_embd"], n_ctx=sizes["n_positions"], n_heads=sizes["n_head"],
-        d_head=sizes["n_embd"] // sizes["n_head"], d_vocab=sizes["vocab_size"], act_fn="gelu_new", device="cpu",
-    )  # fmt: skip
-    model = HookedSAETransformer(cfg)
-    weights = convert_gpt2_weights(GPT2LMHeadModel.from_pretrained(folder), cfg)
-    steps = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
-    model.load_and_process_state_dict(weights, **dict.fromkeys(steps, False))
-    model.eval().add_sae(SAE.load_from_disk(str(folder / "sae"), device="cpu"), use_error_term=True)
+    model = open_transformer_lens(folder, HookedSAETransformer)
+    model.add_sae(SAE.load_from_disk(str(folder / "sae"), device="cpu"), use_error_term=True)
     tokens = _tokens(case)
     return torch.no_grad()(lambda: model(tokens))
