@@ -41,19 +41,3 @@ Axis = Literal[
     "one",
 ]
 
-AXES: tuple[Axis, ...] = (
-    "batch",
-    "pos",
-    "key_pos",
-    "head",
-    "kv_head",
-    "d_head",
-    "d_model",
-    "d_mlp",
-    "d_vocab",
-    "d_latent",
-    "expert",
-    "choice",
-    "token",
-    "one",
-)
