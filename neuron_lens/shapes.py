@@ -20,7 +20,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 __all__ = ["AXES", "Axis"]
 
@@ -41,3 +41,4 @@ Axis = Literal[
     "one",
 ]
 
+AXES: tuple[Axis, ...] = get_args(Axis)
