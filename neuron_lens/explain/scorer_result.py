@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import Field, NonNegativeInt
 
 from neuron_lens.records import Record
 
-__all__ = ["Headline", "QuantileScore", "Score", "ScorerControl", "ScorerResult"]
+__all__ = ["DEMANDED", "Demanded", "Headline", "QuantileScore", "Score", "ScorerControl", "ScorerResult"]
+
+# What every result gives, or says why not: see `ScorerResult.absent`.
+Demanded = Literal["precision", "precision_at_density", "quantiles"]
+DEMANDED: tuple[Demanded, ...] = get_args(Demanded)
 
 
 class Score(Record):
@@ -26,17 +30,19 @@ class ScorerControl(Record):
     """The same scores for what should not work.
 
     "another_unit": another unit's explanation; "null": one that says nothing; "shuffled": this explanation's
-    predictions dealt to other examples at random (no calls).
+    predictions dealt to other examples at random (no calls); "random_unit": this explanation, asked of what other
+    units do.
     """
 
-    name: Literal["another_unit", "null", "shuffled"]
+    name: Literal["another_unit", "null", "shuffled", "random_unit"]
     sentence: str | None
     scores: dict[str, Score]
 
 
 class QuantileScore(Record):
-    """The headline figure on the firing windows of one stratum (largest activation in [low, high)) against all
-    silent windows; for judgements of yes and no the recall in the stratum."""
+    """The headline figure on the firing examples of one stratum (activation in [low, high)) against all silent ones;
+    for judgements of yes and no the recall in the stratum, for intruders the share found among windows of the
+    stratum."""
 
     index: NonNegativeInt
     low: float
@@ -54,6 +60,7 @@ class ScorerResult(Record):
         prompt: version of the prompt file; backend: who judged; method: what of it was used, where there is a choice.
         calls: planned, for the explanation alone; missing: how many gave nothing, by kind.
         notes: what the reader must know.
+        absent: of precision, precision_at_density and quantiles those that are not here, each with the reason.
     """
 
     scorer: str
@@ -71,6 +78,7 @@ class ScorerResult(Record):
     calls: NonNegativeInt = 0
     missing: dict[str, int] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    absent: dict[Demanded, str] = Field(default_factory=dict)
 
     @property
     def score(self) -> Score:

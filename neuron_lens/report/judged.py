@@ -58,6 +58,10 @@ def _scorer(result: ScorerResult) -> Html:
         element("figure", chart),
         element("p", " · ".join(about), class_="note"),
         [element("p", note, class_="note") for note in result.notes],
+        [
+            element("p", f"No {score_words(name)[0].lower()}: {why}.", class_="note")
+            for name, why in result.absent.items()
+        ],
         element(
             "details", element("summary", "All figures as a table"), _figures(result), _quantiles(result)
         ),

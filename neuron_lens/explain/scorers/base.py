@@ -8,7 +8,7 @@ score means something only as far as it stands above these two.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
@@ -19,7 +19,9 @@ from neuron_lens.explain.evidence import PARTS, Evidence, PartName
 from neuron_lens.explain.explainers.base import described
 from neuron_lens.explain.plan import Answer, Plan, carry_out, missing_kinds
 from neuron_lens.explain.result import QuantileScore, Score, ScorerControl, ScorerResult
+from neuron_lens.explain.scorer_result import DEMANDED, Demanded
 from neuron_lens.explain.scorers.outcome import Outcome
+from neuron_lens.explain.scores import MINIMUM_COVERAGE
 from neuron_lens.llm import Backend, require
 
 __all__ = ["NULL_EXPLANATION", "BaseScorer", "QuantileScore", "Scorer", "ScorerControl", "ScorerResult"]
@@ -71,12 +73,15 @@ class BaseScorer(ABC):
     Args:
         part: the part scored on; "validation" to choose among explanations, "test" to report.
         controls: also score an explanation that should fail (twice the calls), and shuffled predictions (no calls).
+
+    `meaningless` names figures that every result should carry and that mean nothing for this scorer, with the reason.
     """
 
     name: ClassVar[str]
     headline: ClassVar[str]
     chance: ClassVar[float]
     needs: ClassVar[tuple[str, ...]] = ("chat",)
+    meaningless: ClassVar[Mapping[Demanded, str]] = {}
 
     part: PartName = "test"
     controls: bool = True
@@ -106,29 +111,34 @@ class BaseScorer(ABC):
         kind, control = _control_sentence(explanation, others, seed)
         sentences = [explanation, control] if self.controls else [explanation]
         asked = [self.ask(evidence, sentence, backend, seed) for sentence in sentences]
+        further = self.further_controls(evidence, explanation, backend, seed) if self.controls else {}
         calls = len(asked[0].calls)
-        joined = Plan.joined(asked)
+        joined = Plan.joined([*asked, *further.values()])
 
         def read(answers: Sequence[Answer]) -> ScorerResult:
             outcomes = joined.read(answers)
+            figures = [self.figures(outcome, evidence, seed) for outcome in outcomes]
             controls = []
             if self.controls:
                 dealt = self.figures(outcomes[0].shuffled(seed), evidence, seed)
                 controls = [
-                    ScorerControl(
-                        name=kind, sentence=control, scores=self.figures(outcomes[1], evidence, seed)
-                    ),
+                    ScorerControl(name=kind, sentence=control, scores=figures[1]),
                     ScorerControl(name="shuffled", sentence=None, scores=dealt),
                 ]
+                controls += [
+                    ScorerControl(name=name, sentence=None, scores=scores)
+                    for name, scores in zip(further, figures[2:], strict=True)
+                ]
+            quantiles = self._quantiles(outcomes[0], evidence, seed)
             return ScorerResult(
                 scorer=self.name,
                 part=self.part,
                 explanation=explanation,
                 headline=self.headline,
                 chance=self.chance_level(),
-                scores=self.figures(outcomes[0], evidence, seed),
+                scores=figures[0],
                 controls=tuple(controls),
-                quantiles=self._quantiles(outcomes[0], evidence, seed),
+                quantiles=quantiles,
                 prompt=self.prompt(backend),
                 backend=described(backend),
                 method=self.method(backend),
@@ -136,6 +146,7 @@ class BaseScorer(ABC):
                 calls=calls,
                 missing=missing_kinds(answers[:calls]),
                 notes=self.notes(outcomes[0], evidence),
+                absent=self._absent(outcomes[0], evidence, figures[0], bool(quantiles)),
             )
 
         return Plan(joined.calls, read)
@@ -173,6 +184,20 @@ class BaseScorer(ABC):
         """The figure of one stratum; `outcome` holds its firing windows and all silent ones."""
         return self.figures(outcome, evidence, seed)[self.headline]
 
+    def further_controls(
+        self, evidence: Evidence, explanation: str, backend: Backend | None, seed: int
+    ) -> dict[Literal["random_unit"], Plan[Outcome]]:
+        """Controls besides another explanation and shuffled predictions, by name."""
+        return {}
+
+    def density(self, evidence: Evidence) -> float | None:
+        """The share of the corpus that is true of the unit, by windows; None where it is not known."""
+        return None if evidence.density is None else evidence.density.windows
+
+    def bounds(self, evidence: Evidence) -> dict[int, tuple[float, float]]:
+        """The activations each stratum lies between, by its index."""
+        return {stratum.index: (stratum.low, stratum.high) for stratum in evidence.part(self.part).strata}
+
     def chance_level(self) -> float:
         """What the headline comes to for an explanation that says nothing."""
         return self.chance
@@ -190,19 +215,44 @@ class BaseScorer(ABC):
         return ()
 
     def _quantiles(self, outcome: Outcome, evidence: Evidence, seed: int) -> tuple[QuantileScore, ...]:
-        strata = {stratum.index: stratum for stratum in evidence.part(self.part).strata}
+        bounds = self.bounds(evidence)
         found = sorted(
             {s for s, fires in zip(outcome.stratum, outcome.fires, strict=True) if fires and s is not None}
         )
         return tuple(
             QuantileScore(
                 index=index,
-                low=strata[index].low,
-                high=strata[index].high,
+                low=bounds[index][0],
+                high=bounds[index][1],
                 score=self.quantile_figure(outcome.of_stratum(index), evidence, seed),
             )
             for index in found
         )
+
+    def _absent(
+        self, outcome: Outcome, evidence: Evidence, scores: Mapping[str, Score], quantiles: bool
+    ) -> dict[Demanded, str]:
+        """Why each figure that every result should carry and this one does not is not there."""
+        there = {name for name, score in scores.items() if score.value is not None}
+        there |= {"quantiles"} if quantiles else set()
+        return {name: self._why_absent(name, outcome, evidence) for name in DEMANDED if name not in there}
+
+    def _why_absent(self, name: Demanded, outcome: Outcome, evidence: Evidence) -> str:
+        planned, given = len(outcome.given), outcome.given
+        if name in self.meaningless:
+            return self.meaningless[name]
+        if not planned:
+            return f"the {self.part} part holds no examples to ask about"
+        if given.mean() < MINIMUM_COVERAGE:
+            return f"{int(given.sum())} of {planned} answers came: too few for a figure"
+        if name == "quantiles":
+            return f"no example the unit fires in lies in a stratum of the {self.part} part"
+        if name == "precision_at_density":
+            if self.density(evidence) is None:
+                return "without a uniform sample it is not known how often the unit fires"
+            if not (outcome.natural & given).any():
+                return "none of the examples is as windows of the corpus are: they were chosen for being hard or strong"
+        return "too few examples of either sort, or none of them gets a yes"
 
 
 def _control_sentence(

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from neuron_lens.explain.plan import Answer, Plan
 from neuron_lens.llm import Missing, Prompt, Request, StructuredRequest
 
-__all__ = ["YesOrNo", "ask_in_batches", "expecting"]
+__all__ = ["YesOrNo", "ask_in_batches"]
 
 _TOKENS_AN_ANSWER, _TOKENS_AROUND = 8, 64
 
@@ -43,7 +43,7 @@ def ask_in_batches(
                 prompt_version=prompt.version,
             ),
             shape=shape,
-            check=expecting(len(some), field),
+            lengths={field: len(some)},
             name=field,
         )
         for some in batches
@@ -57,14 +57,3 @@ def ask_in_batches(
         return found
 
     return Plan(calls, read)
-
-
-def expecting(count: int, field: str) -> Callable[[Any], None]:
-    """A check that a list has one entry for each text."""
-
-    def check(answer: Any) -> None:
-        given = len(getattr(answer, field))
-        if given != count:
-            raise ValueError(f"expected {count} {field}, one for each text; got {given}")
-
-    return check

@@ -45,10 +45,6 @@ class BinaryScorer(BaseScorer):
         true = outcome.fires & (outcome.true[:, 0] > 0.5)
         return share_score(outcome.predicted[true, 0] > 0.5, outcome.given[true])
 
-    def density(self, evidence: Evidence) -> float | None:
-        """The share of the corpus that is true of the unit; None where it is not known."""
-        return None if evidence.density is None else evidence.density.windows
-
     def prompt(self, backend: Backend | None) -> str:
         """The version of the prompt used."""
         return prompt_named(self.name).version

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ __all__ = [
     "judgements",
     "judgements_of",
     "precision_at_density",
+    "precision_of_sums",
     "ranking_figures",
     "without_value",
 ]
@@ -58,8 +59,10 @@ class Outcome:
 
     def only(self, chosen: Bools) -> Self:
         """Some of the examples."""
-        names = ("true", "predicted", "present", "mask", "given", "fires", "natural")
-        kept = {name: getattr(self, name)[chosen] for name in names}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        kept: dict[str, Any] = {
+            name: value[chosen] for name, value in values.items() if isinstance(value, np.ndarray)
+        }
         stratum = tuple(s for s, keep in zip(self.stratum, chosen, strict=True) if keep)
         return replace(self, **kept, stratum=stratum)
 
@@ -180,6 +183,13 @@ def precision_at_density(
         (~positive & outcome.natural).astype(np.float64),
     )
     sums = np.stack([hits * true, said * true, true, hits * false, said * false, false], axis=1)
+    n = int((outcome.natural & outcome.given).sum())
+    return precision_of_sums(sums, outcome.given, density, n=n, seed=seed)
+
+
+def precision_of_sums(sums: Floats, given: Bools, density: float | None, *, n: int, seed: int) -> Score:
+    """`precision_at_density` of counts `[example, 6]`: true yes answers, yes answers and examples among the positive
+    ones, then the same three among the others. `n`: examples it rests on."""
 
     def precision(sums: Floats) -> Floats:
         hits_true, said_true, n_true, hits_false, said_false, n_false = np.moveaxis(sums, -1, 0)
@@ -188,12 +198,10 @@ def precision_at_density(
             found = d * hits_true / n_true + (1 - d) * hits_false / n_false
             return np.asarray(found / (d * said_true / n_true + (1 - d) * said_false / n_false))
 
-    score = from_sums(
-        sums, precision, given=outcome.given, n=int((outcome.natural & outcome.given).sum()), seed=seed
-    )
+    score = from_sums(sums, precision, given=given, n=n, seed=seed)
     if density is None or score.value is None:
         return without_value(score)
-    hits_true, said_true, n_true, _, said_false, n_false = sums[outcome.given].sum(0)
+    hits_true, said_true, n_true, _, said_false, n_false = sums[given].sum(0)
     if said_false > 0:
         return score
     could_be = density * said_true / n_true + (1 - density) * wilson(0, int(n_false))[1]

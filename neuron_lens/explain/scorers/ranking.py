@@ -26,8 +26,7 @@ class RankingScorer(BaseScorer):
 
     def figures(self, outcome: Outcome, evidence: Evidence, seed: int) -> dict[str, Score]:
         """See `ranking_figures`."""
-        density = None if evidence.density is None else evidence.density.windows
-        return ranking_figures(outcome, density, seed)
+        return ranking_figures(outcome, self.density(evidence), seed)
 
     def quantile_figure(self, outcome: Outcome, evidence: Evidence, seed: int) -> Score:
         """The area under the curve."""

@@ -168,7 +168,6 @@ class Simulation(BaseScorer):
         said = there & (applied > evidence.firing_threshold)
         hits = said & (outcome.true > evidence.firing_threshold)
         counts = np.stack([hits.sum(1), said.sum(1)], axis=1).astype(np.float64)
-        density = None if evidence.density is None else evidence.density.windows
         scores = {
             "ev_correlation_score": correlation(outcome.predictions, seed),
             "auc": auc(outcome.predictions, evidence.firing_threshold, seed),
@@ -178,7 +177,7 @@ class Simulation(BaseScorer):
             ),
             "precision": from_sums(counts, ratio, given=outcome.given, n=n, seed=seed),
             "precision_at_density": precision_at_density(
-                counts[:, 0], counts[:, 1], outcome.fires, outcome, density, seed
+                counts[:, 0], counts[:, 1], outcome.fires, outcome, self.density(evidence), seed
             ),
         }
         coverage = float(there.sum() / max(int(outcome.present.sum()), 1))
