@@ -2,13 +2,15 @@
 
 Numpy only. A column holds one integer per token: its id, or a code of an annotation whose names are kept
 beside it. Every window carries its left context, as far as the model had read it, and the token after it.
+Columns are as narrow as their values allow; those of a file stay there and are read as they are looked at.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neuron_lens.errors import RequestError
-from neuron_lens.files.atomic import atomic_path
+from neuron_lens.files.tensor_file import map_tensor_file, write_tensor_file
 from neuron_lens.records import TokenWindow
 
-__all__ = ["ABSENT", "SPLITS", "IntArray", "TextWindows"]
+__all__ = ["ABSENT", "SPLITS", "Column", "IntArray", "TextWindows"]
 
 IntArray = NDArray[np.int32]
+Column = NDArray[np.signedinteger[Any]]
 
 ABSENT = -1  # the code of "no token here": outside the document, or before the model's context
 
 SPLITS = ("train", "validation", "test")
+
+_STRIDE = np.int64(2**31)
 
 _PLACES = ("document", "start", "character_start", "context_position", "split")
 
@@ -40,7 +45,7 @@ class TextWindows:
 
     length: int
     context: int
-    documents: tuple[str, ...]  # names, by document index
+    documents: Mapping[int, str]  # names, by document index, of the documents that have windows here
     token_texts: tuple[str, ...]  # by id
     names: dict[str, tuple[str, ...]]  # names of the codes of each annotation column
     document: IntArray
@@ -48,7 +53,7 @@ class TextWindows:
     character_start: IntArray
     context_position: IntArray
     split: IntArray
-    columns: dict[str, IntArray]
+    columns: dict[str, Column]
 
     def __len__(self) -> int:
         return len(self.document)
@@ -60,22 +65,26 @@ class TextWindows:
         return np.asarray(ids[:, self.context : self.context + self.length] != ABSENT)
 
     def select(self, rows: NDArray[np.integer[Any]]) -> TextWindows:
-        """Some of the windows, as windows of their own."""
+        """Some of the windows, as windows of their own, in memory."""
         own = {name: getattr(self, name)[rows] for name in _PLACES}
-        columns = {name: column[rows] for name, column in self.columns.items()}
+        columns = {name: np.asarray(column[rows], dtype=np.int32) for name, column in self.columns.items()}
         return replace(self, **own, columns=columns)
 
     def rows_of(self, document: Sequence[int] | IntArray, start: Sequence[int] | IntArray) -> IntArray:
         """The row of each window, by its identity. Raises RequestError for one that is not here."""
-        stride = np.int64(2**31)
-        own = self.document.astype(np.int64) * stride + self.start
-        order = np.argsort(own)
-        wanted = np.asarray(document, dtype=np.int64) * stride + np.asarray(start, dtype=np.int64)
-        place = np.searchsorted(own[order], wanted)
-        found = order[np.minimum(place, len(own) - 1)]
-        if not np.array_equal(own[found], wanted):
+        rising, order = self._places
+        wanted = np.asarray(document, dtype=np.int64) * _STRIDE + np.asarray(start, dtype=np.int64)
+        found = np.minimum(np.searchsorted(rising, wanted), len(rising) - 1)
+        if not np.array_equal(rising[found], wanted):
             raise RequestError("a window was asked for that was not kept; harvest the corpus again")
-        return np.asarray(found, dtype=np.int32)
+        return np.asarray(order[found], dtype=np.int32)
+
+    @cached_property
+    def _places(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The windows' places as numbers, rising, and the row of each."""
+        own = self.document.astype(np.int64) * _STRIDE + self.start
+        order = np.argsort(own, kind="stable")
+        return own[order], order
 
     def record(
         self,
@@ -114,40 +123,35 @@ class TextWindows:
         )
 
     def save(self, path: Path) -> None:
-        """Write to one safetensors file, atomically; names travel in its metadata."""
-        from safetensors.numpy import save_file
-
-        tensors = {f"place.{name}": getattr(self, name) for name in _PLACES}
-        tensors |= {f"column.{name}": np.ascontiguousarray(column) for name, column in self.columns.items()}
+        """Write to one safetensors file, atomically; names travel in its metadata, those of documents as JSON."""
+        tensors: dict[str, NDArray[Any]] = {f"place.{name}": getattr(self, name) for name in _PLACES}
+        tensors |= {f"column.{name}": column for name, column in self.columns.items()}
+        names = json.dumps(list(self.documents.items())).encode()
+        tensors["documents"] = np.frombuffer(names, dtype=np.uint8)
         facts = {
             "length": self.length,
             "context": self.context,
-            "documents": self.documents,
             "token_texts": self.token_texts,
             "names": self.names,
         }
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata={"facts": json.dumps(facts)})
+        write_tensor_file(path, tensors, {"facts": json.dumps(facts)})
 
     @classmethod
     def load(cls, path: Path) -> TextWindows:
-        """Read what `save` wrote. Raises RequestError when the file is not that."""
-        from safetensors import SafetensorError, safe_open
-
+        """Open what `save` wrote; columns stay in the file. Raises RequestError when the file is not that."""
         try:
-            with safe_open(path, framework="np") as file:
-                facts = json.loads(file.metadata()["facts"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            metadata, tensors = map_tensor_file(path)
+            facts = json.loads(metadata["facts"])
+            return cls(
+                length=facts["length"],
+                context=facts["context"],
+                documents=dict(json.loads(tensors["documents"].tobytes())),
+                token_texts=tuple(facts["token_texts"]),
+                names={name: tuple(names) for name, names in facts["names"].items()},
+                columns={name[7:]: held for name, held in tensors.items() if name.startswith("column.")},
+                **{name: tensors[f"place.{name}"] for name in _PLACES},
+            )
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise RequestError(
                 f"{path} does not hold harvested windows ({error}); delete it and run again"
             ) from None
-        return cls(
-            length=facts["length"],
-            context=facts["context"],
-            documents=tuple(facts["documents"]),
-            token_texts=tuple(facts["token_texts"]),
-            names={name: tuple(names) for name, names in facts["names"].items()},
-            columns={name[7:]: value for name, value in tensors.items() if name.startswith("column.")},
-            **{name: tensors[f"place.{name}"] for name in _PLACES},
-        )

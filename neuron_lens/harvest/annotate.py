@@ -8,16 +8,26 @@ a window knows what lies before it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from neuron_lens.harvest.lexical import BRACKETS, LEXICAL_CLASSES, STATEMENTS, lex
 from neuron_lens.windows import ABSENT, IntArray
 
-__all__ = ["COLUMN_NAMES", "INDENT_CAP", "POSITION_CAP", "REPEAT_REACH", "annotate"]
+__all__ = [
+    "COLUMN_NAMES",
+    "INDENT_CAP",
+    "PIECE_CAP",
+    "POSITION_CAP",
+    "REPEAT_REACH",
+    "annotate",
+    "column_types",
+]
 
 POSITION_CAP = 64  # position in line is counted up to here, in tokens
 INDENT_CAP = 10  # indentation is counted up to here, in steps of four columns
+PIECE_CAP = 64  # pieces of a word are counted up to here
 REPEAT_REACH = 256  # how far back a token counts as seen before
 
 # The names behind the codes of a column; the other columns are ids and counts.
@@ -47,11 +57,28 @@ def annotate(text: str, ids: IntArray, spans: Sequence[tuple[int, int]]) -> tupl
         "bracket": lexical.bracket[place],
         "position_in_line": position,
         "indent": indent,
-        "piece": _pieces(text, spans),
+        "piece": np.minimum(_pieces(text, spans), PIECE_CAP),
         "repeated": repeated,
         "continuation": continuation,
     }
     return {name: np.asarray(column, dtype=np.int32) for name, column in columns.items()}, lexical.known
+
+
+def column_types(n_tokens: int) -> dict[str, np.dtype[np.signedinteger[Any]]]:
+    """The narrowest type of every column, for a vocabulary of `n_tokens` ids."""
+    largest = {
+        "token": n_tokens - 1,
+        **{name: len(names) - 1 for name, names in COLUMN_NAMES.items()},
+        "position_in_line": POSITION_CAP,
+        "indent": INDENT_CAP,
+        "piece": PIECE_CAP,
+        "repeated": 1,
+        "continuation": n_tokens - 1,
+    }
+    # One more has room, too: readers count from 1, so that 0 is ABSENT.
+    return {
+        name: np.promote_types(np.min_scalar_type(-value - 2), np.int8) for name, value in largest.items()
+    }
 
 
 def _first_ink(text: str) -> IntArray:

@@ -21,9 +21,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from neuron_lens.errors import RequestError
-from neuron_lens.harvest.annotate import COLUMN_NAMES, annotate
 from neuron_lens.harvest.documents import Document, documents_of_file, documents_of_rows, files_of
-from neuron_lens.windows import ABSENT, SPLITS, IntArray, TextWindows
+from neuron_lens.windows import SPLITS, IntArray, TextWindows
 
 __all__ = [
     "Corpus",
@@ -32,7 +31,6 @@ __all__ = [
     "TextTokenizer",
     "WindowShape",
     "cut",
-    "gather_windows",
     "split_of",
     "split_sizes",
 ]
@@ -229,72 +227,6 @@ def split_of(document: int, row_start: int, seed: int = 0) -> int:
     """Which of SPLITS a row belongs to: a hash of its place, the same in every run."""
     digest = hashlib.blake2b(f"{seed}:{document}:{row_start}".encode(), digest_size=8).digest()
     return _SPLIT_BY_TENTH[int.from_bytes(digest, "little") % 10]
-
-
-def gather_windows(
-    corpus: Corpus,
-    tokenizer: TextTokenizer,
-    shape: WindowShape,
-    kept: set[tuple[int, int]],
-    token_texts: Sequence[str],
-    seed: int = 0,
-) -> tuple[TextWindows, int]:
-    """The kept windows, given by (document, start), with all their columns; and how many documents did
-    not lex."""
-    parts: list[dict[str, IntArray]] = []
-    places: list[tuple[int, int, int, int, int]] = []
-    names: list[str] = []
-    wanted: dict[int, list[int]] = {}
-    for document_index, start in sorted(kept):
-        wanted.setdefault(document_index, []).append(start)
-    unlexed = 0
-    for index, document in enumerate(corpus):
-        names.append(document.name)
-        if index not in wanted:
-            continue
-        ids, spans = tokenizer.offsets(document.text, bos=False)
-        columns, known = annotate(document.text, np.asarray(ids, dtype=np.int32), spans)
-        unlexed += not known
-        for start in wanted[index]:
-            row_start = _row_start(start, shape)
-            places.append(
-                (index, start, spans[start][0], start - row_start, split_of(index, row_start, seed))
-            )
-            parts.append({name: _slice(column, row_start, start, shape) for name, column in columns.items()})
-    documents, starts, character, position, split = (
-        np.array(column, dtype=np.int32) for column in zip(*places, strict=True)
-    )
-    stacked = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
-    windows = TextWindows(
-        length=shape.length,
-        context=shape.row_length - shape.length,
-        documents=tuple(names),
-        token_texts=tuple(token_texts),
-        names=COLUMN_NAMES,
-        document=documents,
-        start=starts,
-        character_start=character,
-        context_position=position,
-        split=split,
-        columns=stacked,
-    )
-    return windows, unlexed
-
-
-def _row_start(start: int, shape: WindowShape) -> int:
-    """Where the row begins that keeps the window at `start`."""
-    stride = shape.row_length - shape.context
-    return 0 if start < shape.row_length else (start - shape.context) // stride * stride
-
-
-def _slice(column: IntArray, row_start: int, start: int, shape: WindowShape) -> IntArray:
-    """Left context (from the row's begin), window, and the token after it; ABSENT where there is none."""
-    context = shape.row_length - shape.length
-    out = np.full(context + shape.length + 1, ABSENT, dtype=np.int32)
-    own = column[row_start : start + shape.length + 1]
-    first = context - (start - row_start)
-    out[first : first + len(own)] = own
-    return out
 
 
 def split_sizes(windows: TextWindows) -> dict[str, int]:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from neuron_lens.harvest.corpus import Corpus, gather_windows
+from neuron_lens.harvest.corpus import Corpus
 from neuron_lens.harvest.cutter import places_of
 from neuron_lens.harvest.keepers import TopWindows, UniformSample
 from neuron_lens.harvest.kept import SourceKeepers
@@ -20,6 +20,7 @@ from neuron_lens.harvest.shard import LayerHarvest
 from neuron_lens.harvest.sources import UnitSource
 from neuron_lens.harvest.sparse_sample import SparseSample
 from neuron_lens.harvest.statistics import BIN_EDGES
+from neuron_lens.harvest.window_text import gather_windows
 from neuron_lens.windows import TextWindows
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def finish_source(
         corpus,
         model.tokenizer,
         settings.shape,
-        set(zip(documents.tolist(), starts.tolist(), strict=True)),
+        np.stack([documents, starts], 1),
         _token_texts(model),
         settings.seed,
     )

@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from neuron_lens.errors import RequestError
 from neuron_lens.files.atomic import write_json_atomic
+from neuron_lens.files.tensor_file import write_tensor_file
 from neuron_lens.harvest.keepers import State
-from neuron_lens.harvest.tensor_file import write_tensor_file
 
 __all__ = ["PART_VERSION", "HarvestPart", "Progress"]
 

@@ -9,16 +9,20 @@ from __future__ import annotations
 import tempfile
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 __all__ = ["ScratchFile", "ScratchRows"]
 
+_ALIGNMENT = 64  # bytes: whatever is mapped lies at multiples of its size
+
 
 class ScratchFile:
-    """A nameless file on the disk of a folder; `rows` gives arrays in it. Only what is written takes space."""
+    """A nameless file on the disk of a folder; `rows` and `array` give arrays in it. Only what is written takes space."""
 
     def __init__(self, folder: Path) -> None:
         # The folder is there when there is something to keep: a refused run leaves none behind.
@@ -29,10 +33,22 @@ class ScratchFile:
 
     def rows(self, count: int, *shape: int) -> ScratchRows:
         """An array `[count, *shape]` of float16 zeros."""
-        rows = ScratchRows(self, self._size, (count, *shape))
-        self._size += rows.row_bytes * count
+        size = 2 * count * int(np.prod(shape))
+        return ScratchRows(self, self._take(size), (count, *shape))
+
+    def array(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """A mapped array of zeros; see `release_pages`."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if not size:
+            return np.zeros(shape, dtype)
+        return np.memmap(self._file, dtype, "r+", self._take(size), shape)
+
+    def _take(self, size: int) -> int:
+        """Where a new part of the file begins."""
+        begin = self._size
+        self._size += -(-size // _ALIGNMENT) * _ALIGNMENT
         self._file.truncate(self._size)
-        return rows
+        return begin
 
     def write(self, place: int, data: memoryview) -> None:
         """Write bytes at a place. Raises OSError when the disk is full."""

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from neuron_lens.errors import RequestError
 from neuron_lens.files.atomic import write_json_atomic
-from neuron_lens.harvest.tensor_file import write_tensor_file
+from neuron_lens.files.tensor_file import write_tensor_file
 from neuron_lens.windows import TextWindows
 
 __all__ = ["FORMAT_VERSION", "LayerHarvest", "NearestUnits", "UnitActivations"]

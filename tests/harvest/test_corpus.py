@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from neuron_lens.errors import RequestError
 from neuron_lens.harvest.annotate import annotate
-from neuron_lens.harvest.corpus import Corpus, Document, WindowShape, cut, gather_windows
+from neuron_lens.harvest.corpus import Corpus, Document, WindowShape, cut
 from neuron_lens.harvest.lexical import BRACKETS, LEXICAL_CLASSES, STATEMENTS, lex
+from neuron_lens.harvest.window_text import gather_windows
 from neuron_lens.tokenizers import bytes_tokenizer
 from neuron_lens.windows import ABSENT, TextWindows
 
@@ -68,7 +69,7 @@ def test_a_fitting_shape_exists_for_every_context(n_ctx: int) -> None:
 
 def test_windows_carry_their_own_text_and_the_models_context() -> None:
     corpus = Corpus.of_documents([Document("one", SOURCE), Document("two", "short")])
-    kept = {(0, 0), (0, 16), (0, 60), (1, 0), (1, 4)}
+    kept = np.array([(0, 0), (0, 16), (0, 60), (1, 0), (1, 4)])
     windows, unlexed = gather_windows(
         corpus, TOKENIZER, SHAPE, kept, [TOKENIZER.token_str(i) for i in range(256)]
     )
@@ -89,7 +90,7 @@ def test_windows_carry_their_own_text_and_the_models_context() -> None:
 def test_windows_round_trip_through_their_file(tmp_path: Path) -> None:
     corpus = Corpus.of_documents([Document("one", SOURCE)])
     windows, _ = gather_windows(
-        corpus, TOKENIZER, SHAPE, {(0, 0), (0, 16)}, [TOKENIZER.token_str(i) for i in range(256)]
+        corpus, TOKENIZER, SHAPE, np.array([(0, 0), (0, 16)]), [TOKENIZER.token_str(i) for i in range(256)]
     )
     windows.save(tmp_path / "windows.safetensors")
     again = TextWindows.load(tmp_path / "windows.safetensors")

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 
+from neuron_lens.files.tensor_file import write_tensor_file
 from neuron_lens.harvest.keepers import UniformSample, WindowBatch
 from neuron_lens.harvest.scratch import ScratchFile
-from neuron_lens.harvest.tensor_file import write_tensor_file
 
 
 def _arrays() -> dict[str, np.ndarray]:

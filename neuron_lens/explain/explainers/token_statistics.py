@@ -89,7 +89,7 @@ def _text_windows(windows: Sequence[TokenWindow]) -> TextWindows:
         names[_CLASS] = classes.texts
     place = np.zeros(len(windows), dtype=np.int32)
     return TextWindows(
-        length=length, context=_CONTEXT, documents=("",), token_texts=tokens.texts, names=names, document=place,
+        length=length, context=_CONTEXT, documents={0: ""}, token_texts=tokens.texts, names=names, document=place,
         start=place, character_start=place, context_position=place, split=place, columns=columns,
     )  # fmt: skip
 
