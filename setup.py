@@ -13,6 +13,7 @@ EXTRAS = {
     "explain": ["openai>=1.60"],
     "report": ["pandas>=2.0", "matplotlib>=3.8"],
     "parquet": ["pyarrow>=16"],
+    "local": ["llguidance>=1.0", "jinja2>=3.1"],
     "embed": ["sentence-transformers>=3"],
 }
 EXTRAS["test"] = [
@@ -20,6 +21,7 @@ EXTRAS["test"] = [
     *EXTRAS["explain"],
     *EXTRAS["report"],
     *EXTRAS["parquet"],
+    *EXTRAS["local"],
     "pytest>=8",
     "hypothesis>=6.100",
     "ruff>=0.9",
@@ -33,7 +35,7 @@ EXTRAS["test"] = [
 EXTRAS["all"] = sorted(
     {
         requirement
-        for extra in ("hf", "explain", "report", "parquet", "embed")
+        for extra in ("hf", "explain", "report", "parquet", "local", "embed")
         for requirement in EXTRAS[extra]
     }
 )

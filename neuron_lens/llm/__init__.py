@@ -8,7 +8,8 @@ from __future__ import annotations
 from neuron_lens.llm.backend import AttemptingBackend, Backend, Capabilities, request_key, require
 from neuron_lens.llm.budget import Budget, BudgetExceeded, Estimate, Price, estimate
 from neuron_lens.llm.cache import CachedBackend, RequestCache
-from neuron_lens.llm.local import ChatTemplate, LocalBackend
+from neuron_lens.llm.chat_template import CHATML, PLAIN, ChatTemplate, JinjaTemplate
+from neuron_lens.llm.local import LocalBackend
 from neuron_lens.llm.openai import OpenAIBackend
 from neuron_lens.llm.prompts import Prompt, load_prompt, prompt_names
 from neuron_lens.llm.request import (
@@ -27,6 +28,8 @@ from neuron_lens.llm.scripted import RandomFaults, ScriptedBackend
 from neuron_lens.llm.structured import StructuredRequest, complete_structured
 
 __all__ = [
+    "CHATML",
+    "PLAIN",
     "AttemptingBackend",
     "Backend",
     "Budget",
@@ -36,6 +39,7 @@ __all__ = [
     "Capabilities",
     "ChatTemplate",
     "Estimate",
+    "JinjaTemplate",
     "JsonSchema",
     "LocalBackend",
     "Message",

@@ -9,17 +9,18 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import threading
-from collections.abc import Sequence
+from collections import OrderedDict
 from functools import cached_property
 from typing import TYPE_CHECKING
-
-from pydantic import BaseModel, ConfigDict
 
 from neuron_lens.errors import BackendError, NeuronLensError
 from neuron_lens.llm.backend import AttemptingBackend, Capabilities
 from neuron_lens.llm.budget import Budget
-from neuron_lens.llm.request import Message, Request, Response, TokenLogprob, TokenLogprobs, Usage
+from neuron_lens.llm.chat_template import PLAIN, JinjaTemplate, Template
+from neuron_lens.llm.json_grammar import JsonGrammar, can_hold_to_schemas
+from neuron_lens.llm.request import Request, Response, TokenLogprob, TokenLogprobs, Usage
 from neuron_lens.llm.retry import CallFailed
 
 if TYPE_CHECKING:
@@ -27,52 +28,23 @@ if TYPE_CHECKING:
 
     from neuron_lens.tokenizers import Tokenizer
     from neuron_lens.transformer import Transformer
+    from neuron_lens.transformer.generation import GeneratedToken
+    from neuron_lens.transformer.kv_cache import KVCache
 
-__all__ = ["CHATML", "PLAIN", "ChatTemplate", "LocalBackend"]
+__all__ = ["LocalBackend"]
 
-
-class ChatTemplate(BaseModel):
-    """How a chat becomes a text: each turn is its role's opening, the content and its role's closing.
-
-    `answer` opens the model's turn, and `stop` are texts that end it. With `special`, special tokens in the openings
-    and closings become their ids; in contents they are always text.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    system: tuple[str, str] = ("", "\n\n")
-    user: tuple[str, str] = ("User: ", "\n\n")
-    assistant: tuple[str, str] = ("Assistant: ", "\n\n")
-    answer: str = "Assistant:"
-    stop: tuple[str, ...] = ("\n\nUser:",)
-    special: bool = False
-
-    def pieces(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
-        """The text in pieces, each with whether it is part of the template."""
-        found: list[tuple[str, bool]] = []
-        for message in messages:
-            opening, closing = getattr(self, message.role)
-            found += [(opening, True), (message.content, False), (closing, True)]
-        return [*found, (self.answer, True)]
-
-
-PLAIN = ChatTemplate()
-CHATML = ChatTemplate(
-    system=("<|im_start|>system\n", "<|im_end|>\n"),
-    user=("<|im_start|>user\n", "<|im_end|>\n"),
-    assistant=("<|im_start|>assistant\n", "<|im_end|>\n"),
-    answer="<|im_start|>assistant\n",
-    stop=("<|im_end|>",),
-    special=True,
-)
+_BEGINNINGS_KEPT = 4  # as many prompts as a run asks in turn
 
 
 class LocalBackend(AttemptingBackend):
     """A `Transformer` of ours as judge. It answers one request at a time, the same way every time.
 
+    With llguidance installed (extra `local`), answers are held to JSON schemas while they are written; without it, the
+    schema is told in words. What chats begin with (instructions and examples) is read once for all that share it.
+
     Args:
         model: the model; with its tokenizer; it is not changed.
-        template: how chats are written for it; `PLAIN` suits models trained on plain text, `CHATML` many others.
+        template: how chats are written for it; None takes the checkpoint's own, and `PLAIN` where it has none.
         name: None takes the name in the model's configuration.
         budget: what may be spent, in calls or tokens.
 
@@ -83,7 +55,7 @@ class LocalBackend(AttemptingBackend):
         self,
         model: Transformer,
         *,
-        template: ChatTemplate = PLAIN,
+        template: Template | None = None,
         name: str | None = None,
         budget: Budget | None = None,
     ) -> None:
@@ -92,6 +64,7 @@ class LocalBackend(AttemptingBackend):
             completion=True,
             logprobs=True,
             prompt_logprobs=True,
+            json_schema=can_hold_to_schemas(),
             max_top_logprobs=model.config.d_vocab,
         )
         super().__init__(
@@ -106,8 +79,13 @@ class LocalBackend(AttemptingBackend):
             )
         self.transformer = model
         self.tokenizer: Tokenizer = model.tokenizer
-        self.template = template
+        self.template = template or _own_template(model.tokenizer)
         self._one_at_a_time = threading.Lock()
+        self._beginnings: OrderedDict[tuple[int, ...], KVCache] = OrderedDict()
+
+    @cached_property
+    def _grammar(self) -> JsonGrammar:
+        return JsonGrammar(self.tokenizer, self.transformer.config.d_vocab)
 
     @cached_property
     def identity(self) -> str:
@@ -129,7 +107,8 @@ class LocalBackend(AttemptingBackend):
         return await asyncio.to_thread(self._answer, request)
 
     def _answer(self, request: Request) -> Response:
-        ids = self._encoded(request)
+        beginning, rest = self._encoded(request)
+        ids = beginning + rest
         n_ctx = self.transformer.config.n_ctx
         room = n_ctx - len(ids)
         if room < (request.max_tokens > 0):
@@ -146,25 +125,50 @@ class LocalBackend(AttemptingBackend):
                         usage=Usage(prompt_tokens=len(ids)),
                         model=self.model,
                     )
-                return self._write(request, ids, prompt_tokens, min(request.max_tokens, room))
+                made, finish = self._write(request, beginning, rest, min(request.max_tokens, room))
             except CallFailed:
                 raise
             except NeuronLensError as error:
                 raise CallFailed(f"{self.model} cannot answer this request: {error}") from error
+        text = "".join(token.text for token in made)
+        return Response(
+            # the space behind the template's "Assistant:" is not the answer's
+            text=text.lstrip() if request.messages else text,
+            finish_reason="length" if finish == "length" else "stop",
+            tokens=self._written(made, request.top_logprobs),
+            prompt_tokens=prompt_tokens,
+            usage=Usage(prompt_tokens=len(ids), completion_tokens=len(made)),
+            model=self.model,
+        )
 
-    def _encoded(self, request: Request) -> list[int]:
-        """The ids the model reads. A template without special tokens is encoded together with what it holds."""
+    def _encoded(self, request: Request) -> tuple[list[int], list[int]]:
+        """The ids the model reads: what other chats begin with, too, and the rest.
+
+        A template without special tokens is encoded together with what it holds, which leaves nothing to share.
+        """
+        beginning: list[int] = []
         if request.prompt is not None:
-            ids = self.tokenizer.encode(request.prompt)
+            rest = self.tokenizer.encode(request.prompt)
         elif not self.template.special:
-            ids = self.tokenizer.encode("".join(text for text, _ in self.template.pieces(request.messages)))
+            pieces = [piece for part in self.template.pieces(request.messages) for piece in part]
+            rest = self.tokenizer.encode("".join(text for text, _ in pieces))
         else:
-            ids = self.tokenizer.encode("")
-            for text, of_template in self.template.pieces(request.messages):
-                ids += self.tokenizer.encode(text, bos=False, allowed_special=of_template) if text else []
-        if not ids:
+            earlier, last = self.template.pieces(request.messages)
+            beginning = [] if self.template.begins else self.tokenizer.encode("")
+            beginning += self._pieces_encoded(earlier)
+            rest = self._pieces_encoded(last)
+        if not rest:
             raise CallFailed("the prompt is empty, and the tokenizer begins texts with no token of its own")
-        return ids
+        return beginning, rest
+
+    def _pieces_encoded(self, pieces: list[tuple[str, bool]]) -> list[int]:
+        encode = self.tokenizer.encode
+        return [
+            token
+            for text, of_template in pieces
+            if text
+            for token in encode(text, bos=False, allowed_special=of_template)
+        ]
 
     def _read(self, ids: list[int], top: int | None) -> tuple[TokenLogprobs, ...] | None:
         """The prompt's tokens with their log-probabilities, or None when they were not asked for."""
@@ -179,36 +183,65 @@ class LocalBackend(AttemptingBackend):
         return (first, *self._described(logits, ids[1:], top))
 
     def _write(
-        self, request: Request, ids: list[int], prompt_tokens: tuple[TokenLogprobs, ...] | None, room: int
-    ) -> Response:
-        """The model's continuation of `ids`, `room` tokens at most."""
-        chat = bool(request.messages)
-        made = self.transformer.sample(
-            [ids],
+        self, request: Request, beginning: list[int], rest: list[int], room: int
+    ) -> tuple[list[GeneratedToken], str]:
+        """The model's continuation, `room` tokens at most, and why it ended."""
+        from neuron_lens.hooks import TransformerHooks
+
+        hooks, writer, stops = None, None, request.stop
+        if request.json_schema is not None:
+            writer = self._grammar.writer(request.json_schema.body)
+            hooks = TransformerHooks()
+            hooks.append_to_path("logits.fwd", writer.mask)
+        elif request.messages:
+            stops += self.template.stop
+        made: list[GeneratedToken] = []
+        for token in self.transformer.stream(
+            [rest],
             max_new_tokens=room,
             temperature=request.temperature,
-            stop_strings=request.stop + (self.template.stop if chat else ()),
+            stop_strings=stops,
             seed=request.seed or 0,
+            prefix=self._read_beginning(beginning) if beginning else None,
+            hooks=hooks,
             return_logits=request.top_logprobs is not None,
-        )
-        assert isinstance(made, list), "a list of prompts gives a list of generations"
-        (one,) = made
-        tokens = None
-        if request.top_logprobs is not None:
-            assert one.logits is not None, "logits were asked for"
-            written = one.ids[:-1] if one.finish == "eos" else one.ids
-            tokens = self._described(one.logits[: len(written)], written, request.top_logprobs)
-        text = one.text or ""
-        return Response(
-            text=text.lstrip()
-            if chat
-            else text,  # the space behind the template's "Assistant:" is not the answer's
-            finish_reason="length" if one.finish == "length" else "stop",
-            tokens=tokens,
-            prompt_tokens=prompt_tokens,
-            usage=Usage(prompt_tokens=len(ids), completion_tokens=len(one.ids)),
-            model=self.model,
-        )
+        ):
+            made.append(token)
+            if writer is not None and writer.accept(token.id):
+                return made, "stop"
+        return made, made[-1].finish or "length"
+
+    def _read_beginning(self, ids: list[int]) -> KVCache:
+        """Keys and values of what chats begin with, from before or read now; always by itself, so that an answer is
+        the same whatever was asked before."""
+        import torch
+
+        from neuron_lens.transformer.kv_cache import KVCache
+
+        key = tuple(ids)
+        kept = self._beginnings.pop(key, None)
+        if kept is None:
+            weight = self.transformer.embed.weight
+            kept = KVCache(self.transformer.config, 1, len(ids), dtype=weight.dtype, device=weight.device)
+            with torch.no_grad():
+                self.transformer(torch.tensor([ids], device=weight.device), kv_cache=kept, logits_at=-1)
+            kept.freeze()
+        self._beginnings[key] = kept
+        if len(self._beginnings) > _BEGINNINGS_KEPT:
+            self._beginnings.popitem(last=False)
+        return kept
+
+    def _written(self, made: list[GeneratedToken], top: int | None) -> tuple[TokenLogprobs, ...] | None:
+        """The answer's tokens with their log-probabilities, or None when they were not asked for."""
+        if top is None:
+            return None
+        import torch
+
+        shown = made[:-1] if made[-1].finish == "eos" else made
+        if not shown:
+            return ()
+        logits = torch.stack([token.logits for token in shown if token.logits is not None])
+        return self._described(logits, [token.id for token in shown], top)
 
     def _described(self, logits: Tensor, ids: list[int], top: int) -> tuple[TokenLogprobs, ...]:
         """Each of `ids` with its log-probability in its row of `logits` [pos, d_vocab] and the `top` likeliest."""
@@ -222,7 +255,19 @@ class LocalBackend(AttemptingBackend):
                 top=tuple(
                     TokenLogprob(token=text_of(other), logprob=value)
                     for other, value in zip(others.tolist(), values.tolist(), strict=True)
+                    if value > -math.inf  # what a schema rules out is no alternative
                 ),
             )
             for token, row, others, values in zip(ids, logprobs, best.indices, best.values, strict=True)
         )
+
+
+def _own_template(tokenizer: Tokenizer) -> Template:
+    """The template the tokenizer's checkpoint ships with, or PLAIN."""
+    if tokenizer.chat_template is None:
+        return PLAIN
+    roles = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+    named = {
+        f"{role}_token": tokenizer.token_str(token) for role, token in roles.items() if token is not None
+    }
+    return JinjaTemplate(source=tokenizer.chat_template, special_tokens=named)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, Generic, TypeVar
@@ -34,12 +34,14 @@ class StructuredRequest(Generic[T]):
     """A chat request whose answer must be of type `shape` (anything pydantic can validate).
 
     `check` raises ValueError, with words for the model, for what a type cannot say: "expected 5 values, got 4".
+    `lengths`: of fields that are lists, how many entries each must have, which the schema then says, too.
     `name` is the schema's name. `repairs`: how often to ask again for a better form.
     """
 
     request: Request
     shape: type[T]
     check: Callable[[T], None] | None = None
+    lengths: Mapping[str, int] = field(default_factory=dict)
     name: str = "answer"
     repairs: int = 1
     _adapter: TypeAdapter[T] = field(init=False, repr=False, compare=False)
@@ -56,7 +58,12 @@ class StructuredRequest(Generic[T]):
     def schema(self) -> dict[str, Any]:
         """The JSON schema of `shape`."""
         known: Any = self.shape
-        return _schema_of_class(known) if isinstance(known, type) else self._adapter.json_schema()
+        schema = _schema_of_class(known) if isinstance(known, type) else self._adapter.json_schema()
+        if not self.lengths:
+            return schema
+        limits = {name: {"minItems": count, "maxItems": count} for name, count in self.lengths.items()}
+        fields = {name: {**field, **limits.get(name, {})} for name, field in schema["properties"].items()}
+        return {**schema, "properties": fields}
 
     def sent_to(self, backend: Backend) -> Request:
         """The request as it is sent first: with the schema to enforce, or told in words where it cannot be enforced."""
@@ -88,6 +95,7 @@ class StructuredRequest(Generic[T]):
         for value in values:
             try:
                 read = self._adapter.validate_python(value)
+                self._check_lengths(read)
                 if self.check is not None:
                     self.check(read)
             except ValidationError as error:
@@ -102,6 +110,12 @@ class StructuredRequest(Generic[T]):
         if not fitting:
             raise ValueError(problem)
         return fitting[0]
+
+    def _check_lengths(self, value: T) -> None:
+        for name, count in self.lengths.items():
+            given = len(getattr(value, name))
+            if given != count:
+                raise ValueError(f"expected {count} {name}, got {given}")
 
 
 def _adapter_of(shape: type[T]) -> TypeAdapter[T]:

@@ -26,6 +26,7 @@ class Tokenizer(ABC):
         bos_id, eos_id, pad_id: Ids of the special tokens with a role, or None.
         adds_bos: The tokenizer's own policy: whether `encode` starts with `bos_id` by default.
         vocab_size: One more than the largest id. A model's embedding may be longer (padded), never shorter.
+        chat_template: The Jinja text its checkpoint writes chats with, or None.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Tokenizer(ABC):
         self.eos_id = eos_id
         self.pad_id = pad_id
         self.adds_bos = adds_bos
+        self.chat_template: str | None = None
 
     def __repr__(self) -> str:
         roles = ", ".join(

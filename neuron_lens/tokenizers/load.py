@@ -48,8 +48,13 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Tokenizer:
     config = _read_config(folder)
     try:
         if found.name.endswith(".tiktoken") or (found.is_dir() and (folder / "tokenizer.tiktoken").is_file()):
-            return _from_ranks(found if found.is_file() else folder / "tokenizer.tiktoken", config)
-        return _from_description(_describe(found, config), config, str(found))
+            tokenizer: Tokenizer = _from_ranks(
+                found if found.is_file() else folder / "tokenizer.tiktoken", config
+            )
+        else:
+            tokenizer = _from_description(_describe(found, config), config, str(found))
+        tokenizer.chat_template = _chat_template(folder, config)
+        return tokenizer
     except (KeyError, TypeError, AttributeError) as error:
         raise TokenizerError(f"the tokenizer files of {found} are not as expected: {error!r}") from error
 
@@ -69,7 +74,7 @@ def as_tokenizer(given: Any) -> Tokenizer:
     backend = getattr(given, "backend_tokenizer", None)
     if backend is not None:
         bos_id = given.bos_token_id
-        return HuggingFaceTokenizer(
+        tokenizer = HuggingFaceTokenizer(
             backend,
             name=getattr(given, "name_or_path", "") or type(given).__name__,
             bos_id=bos_id,
@@ -77,6 +82,8 @@ def as_tokenizer(given: Any) -> Tokenizer:
             pad_id=given.pad_token_id,
             adds_bos=bos_id is not None and backend.encode("").ids[:1] == [bos_id],
         )
+        tokenizer.chat_template = _default_template(getattr(given, "chat_template", None))
+        return tokenizer
     if type(given).__module__.partition(".")[0] == "tokenizers" and hasattr(given, "to_str"):
         description = json.loads(given.to_str())
         roles = _roles(description, {})
@@ -252,6 +259,23 @@ def _first_of_template(post_processor: dict[str, Any] | None) -> str | None:
         return None
     first = post_processor["single"][0]
     return str(first["SpecialToken"]["id"]) if "SpecialToken" in first else None
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """The text of chat_template.jinja, else `chat_template` of the config."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    named = config.get("chat_template")
+    if isinstance(named, list):  # several, with their names
+        named = {one["name"]: one["template"] for one in named}
+    return _default_template(named)
+
+
+def _default_template(named: Any) -> str | None:
+    """Of a chat template, or several by name, the one for plain chats."""
+    found = named.get("default") if isinstance(named, dict) else named
+    return None if found is None else str(found)
 
 
 def _content(token: Any) -> str | None:

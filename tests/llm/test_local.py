@@ -9,6 +9,7 @@ import torch
 
 from neuron_lens.errors import BackendError
 from neuron_lens.llm import (
+    CHATML,
     CachedBackend,
     ChatTemplate,
     LocalBackend,
@@ -18,7 +19,6 @@ from neuron_lens.llm import (
     Response,
     run_all,
 )
-from neuron_lens.llm.local import CHATML
 from neuron_lens.tokenizers import bytes_tokenizer
 from neuron_lens.transformer import Transformer, TransformerConfig
 
@@ -91,9 +91,9 @@ def test_special_tokens_in_contents_stay_text(judge_model: Transformer) -> None:
     marked = ChatTemplate(user=(special, ""), answer="A", stop=(), special=True)
     backend = LocalBackend(judge_model, template=marked)
     asked = Request(messages=(Message(role="user", content=special),), max_tokens=1)
-    ids = backend._encoded(asked)
-    assert ids == [judge_model.tokenizer.special_tokens[special], *special.encode(), ord("A")]
-    assert [text for text, _ in CHATML.pieces(asked.messages)][-1] == CHATML.answer
+    beginning, ids = backend._encoded(asked)
+    assert beginning + ids == [judge_model.tokenizer.special_tokens[special], *special.encode(), ord("A")]
+    assert CHATML.pieces(asked.messages)[-1][-1] == (CHATML.answer, True)
 
 
 def test_stops_end_an_answer(judge_model: Transformer) -> None:

@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from neuron_lens.explain.explainers.base import prompt_named
 from neuron_lens.explain.plan import Answer, Plan
 from neuron_lens.explain.rendering import LEVELS
-from neuron_lens.explain.scorers.batches import expecting
 from neuron_lens.explain.simulators.base import Simulated
 from neuron_lens.llm import Missing, Request, StructuredRequest
 from neuron_lens.records import TokenWindow
@@ -56,7 +55,7 @@ class TextSimulator:
                     prompt_version=prompt.version,
                 ),
                 shape=SimulationAnswer,
-                check=expecting(len(window.tokens), "activations"),
+                lengths={"activations": len(window.tokens)},
                 name="activations",
             )
             for window in windows
