@@ -82,7 +82,8 @@ class Density(Record):
 class Evidence(Record):
     """What is known of one unit. See the module.
 
-    Raises RequestError when parts share a token, or one window is given with different activations.
+    Raises RequestError when parts share a token, one window is given with different activations, or the unit fires in
+    a near miss.
 
     Attributes:
         statistics: over every token of the corpus; its `firing_threshold` is the unit's.
@@ -125,6 +126,17 @@ class Evidence(Record):
                 spans.setdefault(window.document_index, []).append(span)
         for document, found in spans.items():
             _refuse_shared_tokens(document, sorted(found))
+        return self
+
+    @model_validator(mode="after")
+    def _near_misses_are_silent(self) -> Self:
+        for name, part in self.parts():
+            for window in part.near_misses:
+                if self.fires(window):
+                    raise ValueError(
+                        f"the window {window.identity} is no near miss of {name}: the unit fires there (at "
+                        f"{window.max_activation}, above its threshold of {self.firing_threshold})"
+                    )
         return self
 
     @classmethod
@@ -226,7 +238,12 @@ def _part(explained: ExplainedUnit, name: str) -> Part:
     return Part(
         top=tuple(sorted(top, key=lambda window: -window.max_activation)),
         random=some(held.random),
-        near_misses=explained.held.near_misses(name),
+        near_misses=tuple(
+            # They are silent by the threshold of the harvest, from which this one differs by rounding.
+            window
+            for window in explained.held.near_misses(name)
+            if window.max_activation <= explained.firing_threshold
+        ),
         strata=strata_of(some(held.random | held.fired), explained.firing_threshold),
     )
 

@@ -53,7 +53,7 @@ class _Group:
         rows = np.unique(
             np.concatenate(
                 [
-                    np.concatenate([kept.random_rows, kept.top_rows, kept.fired_rows])
+                    np.concatenate([kept.random_rows, kept.top_rows, kept.fired_rows, kept.near_rows])
                     for kept in units.values()
                 ]
             )
@@ -68,6 +68,7 @@ class _Group:
                 random_rows=placed(kept.random_rows),
                 top_rows=placed(kept.top_rows),
                 fired_rows=placed(kept.fired_rows),
+                near_rows=placed(kept.near_rows),
             )
             for index, kept in units.items()
         }

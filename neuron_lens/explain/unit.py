@@ -40,9 +40,10 @@ _EXPLAINER = "token_statistics"
 class UnitWindows:
     """Distinct windows of one unit: `rows` of the source's windows, `activations` `[window, length]`, and
     which of them belong to the uniform sample, to the unit's own top list, and to the sample of those it
-    fires in (units silent almost everywhere). `near_rows` are rows of near misses with their reasons,
-    `partners` of heads how many tokens back the source token lies `[window, length]`; `bins` are the edges
-    between which all tokens of the corpus were counted, and the counts."""
+    fires in (units silent almost everywhere). `partners` of heads say how many tokens back the source token lies
+    `[window, length]`; `bins` are the edges between which all tokens of the corpus were counted, and the counts.
+    Near misses stand beside these windows, which they may be among: `near_rows`, `near_reasons`, and their
+    `near_activations` and `near_partners` as above."""
 
     windows: TextWindows
     rows: NDArray[np.int32]
@@ -53,28 +54,38 @@ class UnitWindows:
     n_tokens: int
     fired: NDArray[np.bool_]
     near_rows: NDArray[np.int32]
+    near_activations: NDArray[np.float32]
     near_reasons: NDArray[np.int32]
     bins: tuple[NDArray[np.float64], NDArray[np.int64]]
     partners: NDArray[np.int16] | None = None
+    near_partners: NDArray[np.int16] | None = None
 
     @classmethod
     def of(cls, windows: TextWindows, kept: UnitActivations, n_tokens: int) -> UnitWindows:
         """Join the uniform sample and the unit's own lists; a window in several appears once."""
-        lists = (kept.random_rows, kept.top_rows, kept.fired_rows)
-        rows, first = np.unique(np.concatenate(lists), return_index=True)
+        lists = (kept.random_rows, kept.top_rows, kept.fired_rows, kept.near_rows)
+        every, first = np.unique(np.concatenate(lists), return_index=True)
+        activations = np.concatenate([kept.random, kept.top, kept.fired, kept.near])[first]
+        partners = None if kept.partners is None else kept.partners[first]
+        own = first < sum(map(len, lists[:3]))
+        # A near miss that is also in another list has the activations it has there: read twice, they differ by rounding.
+        near = np.searchsorted(every, kept.near_rows)
+        rows = every[own]
         return cls(
             windows=windows,
             rows=rows,
-            activations=np.concatenate([kept.random, kept.top, kept.fired])[first],
+            activations=activations[own],
             random=np.isin(rows, kept.random_rows),
             top=np.isin(rows, kept.top_rows),
             moments=kept.moments,
             n_tokens=n_tokens,
             fired=np.isin(rows, kept.fired_rows),
-            near_rows=kept.random_rows[kept.near_slots],
+            near_rows=kept.near_rows,
+            near_activations=activations[near],
             near_reasons=kept.near_reasons,
             bins=(kept.histogram_edges, kept.histogram),
-            partners=None if kept.partners is None else kept.partners[first],
+            partners=None if partners is None else partners[own],
+            near_partners=None if partners is None else partners[near],
         )
 
     @property
@@ -113,13 +124,7 @@ class UnitWindows:
 
     def records(self, order: NDArray[np.int64]) -> tuple[TokenWindow, ...]:
         """Some windows as records."""
-        partners = self.partners
-        return tuple(
-            self.windows.record(
-                int(self.rows[i]), self.activations[i], partners=None if partners is None else partners[i]
-            )
-            for i in order
-        )
+        return _records(self.windows, self.rows, self.activations, self.partners, order)
 
     def near_misses(self, part: str, reason: str | None = None) -> tuple[TokenWindow, ...]:
         """Windows of a part in which the unit is silent though it might have fired: a most similar unit fires
@@ -127,7 +132,9 @@ class UnitWindows:
         inside = self.windows.split[self.near_rows] == SPLITS.index(part)
         if reason is not None:
             inside &= self.near_reasons == NEAR_REASONS.index(reason)
-        return self.records(np.searchsorted(self.rows, self.near_rows[inside]))
+        return _records(
+            self.windows, self.near_rows, self.near_activations, self.near_partners, np.flatnonzero(inside)
+        )
 
     def density(self, threshold: float) -> float:
         """The share of all tokens of the corpus above a threshold.
@@ -143,6 +150,19 @@ class UnitWindows:
         inside = sampled[(sampled >= low) & (sampled < high)]
         share = float((inside > threshold).mean()) if len(inside) else 0.0
         return float((counts[place + 1 :].sum() + share * counts[place]) / max(self.n_tokens, 1))
+
+
+def _records(
+    windows: TextWindows,
+    rows: NDArray[np.int32],
+    activations: NDArray[np.float32],
+    partners: NDArray[np.int16] | None,
+    order: NDArray[np.int64],
+) -> tuple[TokenWindow, ...]:
+    return tuple(
+        windows.record(int(rows[i]), activations[i], partners=None if partners is None else partners[i])
+        for i in order
+    )
 
 
 @dataclass(frozen=True, eq=False)

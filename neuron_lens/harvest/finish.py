@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,10 @@ from neuron_lens.harvest.corpus import Corpus
 from neuron_lens.harvest.cutter import places_of
 from neuron_lens.harvest.keepers import TopWindows, UniformSample
 from neuron_lens.harvest.kept import SourceKeepers
-from neuron_lens.harvest.neighbours import Sampled, near_misses, nearest_units
+from neuron_lens.harvest.near_misses import Likeness, NearMisses
+from neuron_lens.harvest.neighbours import Sampled, nearest_units
+from neuron_lens.harvest.rereading import wanted_places
+from neuron_lens.harvest.second_pass import Rereading
 from neuron_lens.harvest.settings import HarvestSettings
 from neuron_lens.harvest.shard import LayerHarvest
 from neuron_lens.harvest.sources import UnitSource
@@ -26,23 +30,39 @@ from neuron_lens.windows import TextWindows
 if TYPE_CHECKING:
     from neuron_lens.transformer import Transformer
 
-__all__ = ["finish_source"]
+__all__ = ["UnfinishedHarvest", "write_kept"]
 
 _WINDOWS_AT_ONCE = 64  # of the sample that are put in order of units together
 
 Arrays = dict[str, NDArray[Any]]
 
 
-def finish_source(
+@dataclass(frozen=True, eq=False)
+class UnfinishedHarvest:
+    """A harvest on disk as far as the first pass goes: what is missing are its near misses, and the manifest."""
+
+    folder: Path
+    reading: Rereading
+    facts: dict[str, Any]
+
+    def write_near(self) -> None:
+        """Put the near misses on disk."""
+        LayerHarvest.write_near(self.folder, self.reading.near.tensors())
+
+    def complete(self, key: dict[str, Any]) -> LayerHarvest:
+        """Write the manifest: now it is a harvest."""
+        return LayerHarvest.complete(self.folder, key, self.facts)
+
+
+def write_kept(
     folder: Path,
     source: UnitSource,
     kept: SourceKeepers,
     model: Transformer,
     corpus: Corpus,
     settings: HarvestSettings,
-    key: dict[str, Any],
     n_tokens: int,
-) -> LayerHarvest:
+) -> UnfinishedHarvest:
     """Put one source's keepers on disk, with the text of all their windows."""
     tops = _lists(kept, "top")
     fired = _lists(kept, "fired")
@@ -71,7 +91,15 @@ def finish_source(
     neighbours = nearest_units(
         sampled, None if written is None else written.detach().cpu(), settings.neighbours
     )
-    tensors |= neighbours | near_misses(sampled, neighbours, tensors, settings.near)
+    tensors |= neighbours
+    own_places = places[places >= 0]
+    likeness = Likeness.of(sampled, neighbours, tensors)
+    near = NearMisses(
+        likeness, own_places, kept.bounds, settings.near, settings.shape.length, source.has_partners
+    )
+    near.take_sample(sampled, random_places, settings.seed)
+    budget = int(settings.reread * n_tokens)
+    wanted = wanted_places(likeness, tensors, windows, own_places, settings.near, budget)
     facts = {
         "n_tokens": n_tokens,
         "n_documents": corpus.n_documents,
@@ -79,7 +107,8 @@ def finish_source(
         "kind": source.kind,
         "is_sparse": source.is_sparse,
     }
-    return LayerHarvest.write(folder, windows, tensors, key, facts)
+    LayerHarvest.write(folder, windows, tensors)
+    return UnfinishedHarvest(folder, Rereading(source, near, wanted), facts)
 
 
 def _lists(kept: SourceKeepers, name: str) -> list[TopWindows]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from neuron_lens.harvest.scratch import ScratchFile, ScratchRows
 
-__all__ = ["State", "TopWindows", "UniformSample", "WindowBatch", "fired_scores"]
+__all__ = ["State", "TopWindows", "UniformSample", "WindowBatch", "fired_scores", "uniform_of"]
 
 State = dict[str, Tensor]
 
@@ -80,10 +80,14 @@ class WindowBatch:
         return rows[:, None].to(device), positions.to(device)
 
 
+def uniform_of(batch: WindowBatch) -> Tensor:
+    """A number from 0 to 1 for every window `[window]`, drawn uniformly, the same whenever it is met."""
+    return (1.0 - batch.priority.double() / 2.0**63).float()
+
+
 def fired_scores(batch: WindowBatch, largest: Tensor) -> Tensor:
     """Scores whose top is a uniform sample of the windows in which a unit fires (is above 0) `[window, unit]`."""
-    uniform = 1.0 - batch.priority.double() / 2.0**63
-    drawn = uniform.float().to(largest.device)[:, None].expand_as(largest)
+    drawn = uniform_of(batch).to(largest.device)[:, None].expand_as(largest)
     return torch.where(largest > 0, drawn, -torch.inf)
 
 

@@ -1,10 +1,8 @@
-"""Units beside each other: which fire together, and where one is silent though it might have fired.
+"""Units beside each other: which fire together.
 
-Both are read off the uniform sample, which is shared by all units of a source. Co-activation is Pearson's
-correlation over tokens, and the Jaccard index of the tokens where each fires (above FIRING_SHARE of its
-range; Delphi's co-occurrence). A near miss is a window of the sample in which the unit does not fire
-though a most similar unit does ("similar"), or though a token is there on which it fires most elsewhere
-("same_token"). Sampled windows only: what other units' top lists hold is not known of this unit.
+Read off the uniform sample, which is shared by all units of a source. Co-activation is Pearson's correlation
+over tokens, and the Jaccard index of the tokens where each fires (above FIRING_SHARE of its range; Delphi's
+co-occurrence).
 """
 
 from __future__ import annotations
@@ -17,16 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from neuron_lens.windows import SPLITS, TextWindows
+from neuron_lens.windows import TextWindows
 
-__all__ = ["FIRING_SHARE", "NEAR_REASONS", "Sampled", "near_misses", "nearest_units"]
+__all__ = ["FIRING_SHARE", "Sampled", "nearest_units"]
 
 FIRING_SHARE = 0.25  # a unit fires above this share of the way from its smallest (at least 0) to its largest
-NEAR_REASONS = ("similar", "same_token")
 
 _TOKENS = 8_192  # of the sample that co-activation is computed on
 _AT_ONCE = 256  # units compared with all others together
-_TOP_LISTED = 4  # windows of the train list whose most firing tokens count as the unit's own
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -37,8 +33,8 @@ class Sampled:
 
     `matrix` is `[token, unit]` of the training windows (at most _TOKENS tokens), dense or sparse (COO);
     `largest` `[window, unit]` the largest activation of every window of the sample, float16; `tokens` and
-    `present` `[window, length]`; `split` `[window]`; `highest` `[unit]` over the whole corpus, and `threshold`
-    `[unit]`, above which each unit counts as firing.
+    `present` `[window, length]`; `split` `[window]`; `lowest` (at least 0) and `highest` `[unit]` over the whole
+    corpus, and `threshold` `[unit]`, above which each unit counts as firing. `tensors` are those of the harvest.
     """
 
     matrix: Tensor
@@ -46,8 +42,10 @@ class Sampled:
     tokens: NDArray[np.int32]
     present: NDArray[np.bool_]
     split: NDArray[np.int32]
+    lowest: NDArray[np.float32]
     highest: NDArray[np.float32]
     threshold: NDArray[np.float32]
+    tensors: Arrays
 
     @classmethod
     def of(
@@ -74,12 +72,33 @@ class Sampled:
             picked = np.asarray(held[:, chosen][:, present[chosen]], dtype=np.float32)
             matrix = torch.from_numpy(np.ascontiguousarray(picked.T))
         threshold = lowest + FIRING_SHARE * (highest - lowest)
-        return cls(matrix, largest, tokens, present, split, highest, threshold)
+        return cls(matrix, largest, tokens, present, split, lowest, highest, threshold, tensors)
 
-    @property
-    def silent(self) -> NDArray[np.bool_]:
-        """Where a unit does not fire in a whole window `[window, unit]`."""
-        return np.asarray(self.largest <= self.threshold)
+    def activations(self, windows: slice, first: int, last: int) -> tuple[Tensor, Tensor | None]:
+        """Activations, and partners where units have them, of some windows and a range of units
+        `[window, length, last - first]`."""
+        if "random.begin" in self.tensors:
+            return self._dense(windows, first, last), None
+        own, partners = (self.tensors.get(f"random.{name}") for name in ("activations", "partners"))
+        assert own is not None, "a sample is sparse or dense"
+        whole = (slice(first, last), windows)
+        return (
+            torch.from_numpy(own[whole]).permute(1, 2, 0),
+            None if partners is None else torch.from_numpy(partners[whole]).permute(1, 2, 0),
+        )
+
+    def _dense(self, windows: slice, first: int, last: int) -> Tensor:
+        begin, end = (int(self.tensors["random.begin"][place]) for place in (first, last))
+        window, position, value = (
+            self.tensors[f"random.{name}"][begin:end] for name in ("window", "position", "value")
+        )
+        counts = np.diff(self.tensors["random.begin"][first : last + 1])
+        start, stop, _ = windows.indices(len(self.largest))
+        inside = (window >= start) & (window < stop)
+        unit = np.repeat(np.arange(last - first), counts)[inside]
+        dense = torch.zeros(stop - start, self.tokens.shape[1], last - first, dtype=torch.float16)
+        dense.numpy()[window[inside] - start, position[inside], unit] = value[inside]
+        return dense
 
 
 def nearest_units(sampled: Sampled, written: Tensor | None, count: int) -> Arrays:
@@ -158,76 +177,6 @@ class _Comparison:
         if matrix.is_sparse:
             return torch.sparse.mm(matrix.T, matrix.index_select(1, own).to_dense()).T
         return matrix[:, own].T @ matrix
-
-
-def near_misses(
-    sampled: Sampled, neighbours: Arrays, tensors: Arrays, counts: tuple[int, int, int]
-) -> Arrays:
-    """`near.slot` `[unit, slot]`: windows of the sample (-1: none) that a unit is silent in; `near.split` and
-    `near.reason` (of NEAR_REASONS) `[slot]`."""
-    n_units = sampled.largest.shape[1]
-    slots, split, reason = [], [], []
-    silent = sampled.silent & (sampled.highest > 0)
-    similar = _similar_strength(sampled, neighbours)
-    same = _SameToken(sampled, tensors)
-    for code in range(len(SPLITS)):
-        inside = np.flatnonzero(sampled.split == code)
-        count = min(counts[code], len(inside))
-        found = np.full((2, n_units, count), -1, dtype=np.int32)
-        for unit in range(n_units if count else 0):
-            quiet = inside[silent[inside, unit]]
-            strength = similar(unit)[quiet]
-            strong = np.argsort(-strength, kind="stable")[:count]
-            strong = strong[strength[strong] > FIRING_SHARE]
-            found[0, unit, : len(strong)] = quiet[strong]
-            shared = np.setdiff1d(np.intersect1d(quiet, same.windows(unit)), found[0, unit])[:count]
-            found[1, unit, : len(shared)] = shared
-        slots += [found[0], found[1]]
-        split += [code] * (2 * count)
-        reason += [0] * count + [1] * count
-    return {
-        "near.slot": np.concatenate(slots, 1),
-        "near.split": np.array(split, dtype=np.int32),
-        "near.reason": np.array(reason, dtype=np.int32),
-    }
-
-
-def _similar_strength(sampled: Sampled, neighbours: Arrays) -> Any:
-    """A function of a unit: the strongest of its nearest units in every window `[window]`, as a share of that
-    one's largest activation."""
-    scale = np.maximum(sampled.highest, 1e-6)
-
-    def strength(unit: int) -> NDArray[np.float32]:
-        nearest = neighbours["nearest.unit"][unit] if neighbours else np.zeros(0, dtype=np.int32)
-        if neighbours:
-            nearest = nearest[(neighbours["nearest.pearson"][unit] > 0) | (sampled.highest[nearest] > 0)]
-        if not len(nearest):
-            return np.zeros(len(sampled.largest), dtype=np.float32)
-        return np.asarray((sampled.largest[:, nearest] / scale[nearest]).max(1), dtype=np.float32)
-
-    return strength
-
-
-class _SameToken:
-    """Windows of the sample that hold a token on which a unit fires most."""
-
-    def __init__(self, sampled: Sampled, tensors: Arrays) -> None:
-        tokens = np.where(sampled.present, sampled.tokens, -1).ravel()
-        self._order = np.argsort(tokens, kind="stable")
-        self._sorted = tokens[self._order]
-        self._length = sampled.tokens.shape[1]
-        self._tensors = tensors
-        self._slots = np.flatnonzero(tensors["top.split"] == 0)[:_TOP_LISTED]
-
-    def windows(self, unit: int) -> NDArray[np.int64]:
-        """Windows, rising."""
-        rows = self._tensors["top.row"][unit, self._slots]
-        own = self._tensors["top.token"][unit, self._slots][rows >= 0]
-        found = [
-            self._order[np.searchsorted(self._sorted, token) : np.searchsorted(self._sorted, token, "right")]
-            for token in np.unique(own)
-        ]
-        return np.unique(np.concatenate(found) // self._length) if found else np.zeros(0, dtype=np.int64)
 
 
 def _from_sparse(

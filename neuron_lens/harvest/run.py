@@ -20,9 +20,10 @@ from neuron_lens.errors import RequestError
 from neuron_lens.harvest.batches import row_batches
 from neuron_lens.harvest.corpus import Corpus, Row
 from neuron_lens.harvest.cutter import Cutter
-from neuron_lens.harvest.finish import finish_source
+from neuron_lens.harvest.finish import write_kept
 from neuron_lens.harvest.kept import SourceKeepers
 from neuron_lens.harvest.part import HarvestPart, Progress
+from neuron_lens.harvest.second_pass import read_again
 from neuron_lens.harvest.settings import HarvestSettings, fitting_shape, model_fingerprint, model_inputs
 from neuron_lens.harvest.shard import FORMAT_VERSION, LayerHarvest
 from neuron_lens.harvest.sources import NeuronSource, UnitSource
@@ -44,6 +45,7 @@ __all__ = [
 ]
 
 MINIMUM_WINDOWS = 2  # in every part
+_NEAR = "near"  # the folder of the second pass, in that of the first
 
 
 def harvest(
@@ -82,14 +84,12 @@ def harvest(
     missing = [source for source in sources if source.name not in done]
     if missing:
         keys = [_key(fingerprint, corpus, source, settings) for source in missing]
-        digest = hashlib.blake2b(json.dumps(keys).encode(), digest_size=6).hexdigest()
-        part = folder / "parts" / digest
+        part = _part_folder(folder, keys)
         everything = range(corpus.n_documents)
         keepers, n_tokens = _pass(
             model, corpus, missing, settings, everything, part, keys, progress, scratch=folder
         )
-        done |= _finish(model, corpus, missing, keepers, n_tokens, folder, settings, keys)
-        _tidy(part)
+        done |= _finish(model, corpus, missing, keepers, n_tokens, folder, settings, keys, progress)
     return {source.name: done[source.name] for source in sources}
 
 
@@ -173,7 +173,7 @@ def merge_harvests(
             own.merge(theirs)
         merged = merged or held
     n_tokens = sum(part.progress.n_tokens for part in ordered)
-    return _finish(model, corpus, sources, merged, n_tokens, Path(folder), settings, keys)
+    return _finish(model, corpus, sources, merged, n_tokens, Path(folder), settings, keys, progress=False)
 
 
 def _check(model: Transformer, sources: Sequence[UnitSource]) -> None:
@@ -321,16 +321,31 @@ def _finish(
     folder: Path,
     settings: HarvestSettings,
     keys: list[dict[str, Any]],
+    progress: bool,
 ) -> dict[str, LayerHarvest]:
-    """Write every source's harvest; each leaves memory when it is on disk."""
+    """Write what is kept of every source, each leaving memory when it is on disk; then read again what they want for
+    their near misses. All are harvests at once."""
     _require_enough(corpus, keepers, n_tokens)
-    done = {}
-    for source, key in zip(sources, keys, strict=True):
-        kept = keepers.pop(0)
-        done[source.name] = finish_source(
-            folder / source.name, source, kept, model, corpus, settings, key, n_tokens
-        )
+    unfinished = [
+        write_kept(folder / source.name, source, keepers.pop(0), model, corpus, settings, n_tokens)
+        for source in sources
+    ]
+    part = _part_folder(folder, keys)
+    readings = [each.reading for each in unfinished]
+    read_again(model, corpus, readings, settings, part / _NEAR, {"sources": keys}, progress)
+    for each in unfinished:
+        each.write_near()
+    done = {
+        source.name: each.complete(key) for source, each, key in zip(sources, unfinished, keys, strict=True)
+    }
+    _tidy(part)
     return done
+
+
+def _part_folder(folder: Path, keys: list[dict[str, Any]]) -> Path:
+    """Where a pass over these sources leaves what it holds."""
+    digest = hashlib.blake2b(json.dumps(keys).encode(), digest_size=6).hexdigest()
+    return folder / "parts" / digest
 
 
 def _require_enough(corpus: Corpus, keepers: Sequence[SourceKeepers], n_tokens: int) -> None:
@@ -346,12 +361,14 @@ def _require_enough(corpus: Corpus, keepers: Sequence[SourceKeepers], n_tokens: 
 
 
 def _tidy(folder: Path) -> None:
-    """The part of a finished pass, and the folder of parts when it is the last."""
-    part = HarvestPart.open(folder)
-    if part is not None:
-        part.remove()
-        if not any(folder.parent.iterdir()):
-            folder.parent.rmdir()
+    """The parts of a finished pass, and the folders that are empty then."""
+    for place in (folder / _NEAR, folder):
+        part = HarvestPart.open(place)
+        if part is not None:
+            part.remove()
+    for place in (folder, folder.parent):
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
 
 
 def _key(fingerprint: str, corpus: Corpus, source: UnitSource, settings: HarvestSettings) -> dict[str, Any]:

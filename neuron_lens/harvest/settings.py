@@ -29,7 +29,10 @@ class HarvestSettings:
         top: with the largest activation, of each unit.
         fired: a uniform sample of those in which the unit fires at all, of each unit whose activation is zero
             almost everywhere (latents): the quantiles of what a uniform sample hardly ever meets.
-        near: near misses of each kind, of each unit; see `neighbours`.
+        near: near misses of each kind, of each unit; see `near_misses`.
+        reread: the share of the corpus that the model reads a second time, at most, for the near misses of each
+            source (rows that several sources want are read once): windows of similar units' top lists are far harder
+            negatives than those of the uniform sample, which are all there is with 0.
         neighbours: how many most similar units are listed for each unit.
         batch_rows: rows the model reads at once; changes results by rounding only.
         shard_tokens: after so many tokens all that is held goes to disk, so that a killed pass goes on there.
@@ -40,6 +43,7 @@ class HarvestSettings:
     top: tuple[int, int, int] = (24, 12, 16)
     fired: tuple[int, int, int] = (16, 8, 12)
     near: tuple[int, int, int] = (6, 3, 6)
+    reread: float = 0.05
     neighbours: int = 8
     seed: int = 0
     site: str = "mlp.post_act"
@@ -51,6 +55,8 @@ class HarvestSettings:
             raise RequestError(
                 f"batch_rows ({self.batch_rows}) and shard_tokens ({self.shard_tokens}) must be at least 1"
             )
+        if not 0 <= self.reread <= 1:
+            raise RequestError(f"reread ({self.reread}) is a share of the corpus: expected 0 to 1")
         for name in ("random", "top", "fired", "near"):
             sizes = getattr(self, name)
             if len(sizes) != 3 or min(sizes) < 0:

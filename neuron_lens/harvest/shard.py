@@ -1,7 +1,7 @@
 """A harvested source on disk: self-describing, atomic, readable one unit at a time. Numpy only.
 
-A folder with `windows.safetensors` (the kept windows), `activations.safetensors` and `manifest.json`. The
-manifest is written last and holds the key of what was harvested: a folder without it, or with another
+A folder with `windows.safetensors` (the kept windows), `activations.safetensors`, `near.safetensors` (near misses) and
+`manifest.json`. The manifest is written last and holds the key of what was harvested: a folder without it, or with another
 key, is not a harvest. "unit" counts the kept units, "row" the kept windows.
 
     unit.index [unit]                                  which units of the source they are
@@ -12,7 +12,8 @@ key, is not a harvest. "unit" counts the kept units, "row" the kept windows.
         top.token [unit, slot]: the token of the largest activation; fired.*: the same, sparse units only
     moments [unit, 6] float64                          mean, variance, third, fourth, minimum, maximum
     histogram [unit, edge + 1] int64, histogram.edge   tokens below, between and above the edges
-    nearest.unit [unit, n], .pearson, .jaccard, .cosine; near.slot [unit, slot], .split, .reason [slot]
+    nearest.unit [unit, n], .pearson, .jaccard, .cosine
+    near.row, near.activations, near.split, near.reason    as top.*; the reason of each slot (of NEAR_REASONS)
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from neuron_lens.windows import TextWindows
 
 __all__ = ["FORMAT_VERSION", "LayerHarvest", "NearestUnits", "UnitActivations"]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,10 +53,10 @@ class UnitActivations:
     """What was kept of one unit: rows of the windows, and activations `[window, length]`, float32.
 
     `random` windows are the source's uniform sample; `top` are the unit's own, in falling order within a
-    split; `fired` a uniform sample of those it fires in (none where it was not kept). `near_slots` are places
-    in `random` that the unit nearly fires in, `near_reasons` (of NEAR_REASONS) why. `partners` of the joined
-    lists (random, top, fired) say for heads how many tokens back the source token lies. `histogram` counts
-    all tokens of the corpus: below the first edge, between the edges, from the last on.
+    split; `fired` a uniform sample of those it fires in (none where it was not kept). `near` are windows in
+    which it is silent though it might have fired, `near_reasons` (of NEAR_REASONS) why. `partners` of the joined
+    lists (random, top, fired, near) say for heads how many tokens back the source token lies. `histogram`
+    counts all tokens of the corpus: below the first edge, between the edges, from the last on.
     """
 
     random_rows: NDArray[np.int32]
@@ -65,7 +66,8 @@ class UnitActivations:
     moments: NDArray[np.float64]
     fired_rows: NDArray[np.int32]
     fired: NDArray[np.float32]
-    near_slots: NDArray[np.int32]
+    near_rows: NDArray[np.int32]
+    near: NDArray[np.float32]
     near_reasons: NDArray[np.int32]
     nearest: NearestUnits | None
     histogram: NDArray[np.int64]
@@ -96,18 +98,21 @@ class LayerHarvest:
         return cls(folder, manifest) if key is None or manifest.get("key") == key else None
 
     @classmethod
-    def write(
-        cls,
-        folder: Path,
-        windows: TextWindows,
-        tensors: dict[str, NDArray[Any]],
-        key: dict[str, Any],
-        facts: dict[str, Any],
-    ) -> LayerHarvest:
-        """Write a harvest, the manifest last; `tensors` is emptied as it is written."""
+    def write(cls, folder: Path, windows: TextWindows, tensors: dict[str, NDArray[Any]]) -> None:
+        """Begin a harvest, over what is there; `tensors` is emptied as it is written. `write_near` and `complete`
+        come next."""
         (folder / "manifest.json").unlink(missing_ok=True)
         windows.save(folder / "windows.safetensors")
         write_tensor_file(folder / "activations.safetensors", tensors)
+
+    @classmethod
+    def write_near(cls, folder: Path, tensors: dict[str, NDArray[Any]]) -> None:
+        """Write its near misses; `tensors` is emptied."""
+        write_tensor_file(folder / "near.safetensors", tensors)
+
+    @classmethod
+    def complete(cls, folder: Path, key: dict[str, Any], facts: dict[str, Any]) -> LayerHarvest:
+        """Write the manifest."""
         manifest = {"format_version": FORMAT_VERSION, "key": key, "facts": facts}
         write_json_atomic(folder / "manifest.json", manifest)
         return cls(folder, manifest)
@@ -125,9 +130,16 @@ class LayerHarvest:
 
     @cached_property
     def _tensors(self) -> Any:
+        return self._opened("activations.safetensors")
+
+    @cached_property
+    def _near(self) -> Any:
+        return self._opened("near.safetensors")
+
+    def _opened(self, name: str) -> Any:
         from safetensors import SafetensorError, safe_open
 
-        path = self.folder / "activations.safetensors"
+        path = self.folder / name
         try:
             return safe_open(path, framework="np")
         except (OSError, SafetensorError) as error:
@@ -137,7 +149,7 @@ class LayerHarvest:
 
     @cached_property
     def _names(self) -> frozenset[str]:
-        return frozenset(self._tensors.keys())
+        return frozenset([*self._tensors.keys(), *self._near.keys()])
 
     @cached_property
     def _random_rows(self) -> NDArray[np.int32]:
@@ -164,12 +176,13 @@ class LayerHarvest:
         tensors = self._tensors
         top_rows, top, top_partners = self._listed("top", column)
         fired_rows, fired, fired_partners = self._listed("fired", column)
-        near = np.asarray(tensors.get_slice("near.slot")[column])
+        near_rows, near, near_partners = self._listed("near", column)
+        reasons = np.asarray(self._near.get_tensor("near.reason"))
         partners = None
         if top_partners is not None:
             random_partners = tensors.get_slice("random.partners")[column]
-            lists = [random_partners, top_partners, *([] if fired_partners is None else [fired_partners])]
-            partners = np.concatenate(lists)
+            lists = [random_partners, top_partners, fired_partners, near_partners]
+            partners = np.concatenate([own for own in lists if own is not None])
         return UnitActivations(
             random_rows=self._random_rows,
             random=self._random(column),
@@ -178,8 +191,9 @@ class LayerHarvest:
             moments=tensors.get_slice("moments")[column],
             fired_rows=fired_rows,
             fired=fired,
-            near_slots=near[near >= 0],
-            near_reasons=np.asarray(tensors.get_tensor("near.reason"))[near >= 0],
+            near_rows=near_rows,
+            near=near,
+            near_reasons=reasons[np.asarray(self._near.get_slice("near.row")[column]) >= 0],
             nearest=self._nearest(column),
             histogram=tensors.get_slice("histogram")[column],
             histogram_edges=np.asarray(tensors.get_tensor("histogram.edge")),
@@ -193,12 +207,13 @@ class LayerHarvest:
         if f"{name}.row" not in self._names:
             length = self._tensors.get_slice("top.activations").get_shape()[2]
             return np.zeros(0, dtype=np.int32), np.zeros((0, length), dtype=np.float32), None
-        rows = np.asarray(self._tensors.get_slice(f"{name}.row")[column])
+        tensors = self._near if name == "near" else self._tensors
+        rows = np.asarray(tensors.get_slice(f"{name}.row")[column])
         held = rows >= 0
-        activations = self._tensors.get_slice(f"{name}.activations")[column].astype(np.float32)[held]
+        activations = tensors.get_slice(f"{name}.activations")[column].astype(np.float32)[held]
         if f"{name}.partners" not in self._names:
             return rows[held], activations, None
-        return rows[held], activations, self._tensors.get_slice(f"{name}.partners")[column][held]
+        return rows[held], activations, tensors.get_slice(f"{name}.partners")[column][held]
 
     def _random(self, column: int) -> NDArray[np.float32]:
         """The uniform sample of a unit `[window, length]`."""

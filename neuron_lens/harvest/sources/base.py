@@ -129,14 +129,19 @@ class UnitSource(ABC):
         """What a site held in the last forward."""
         return self._caught.pop(path)
 
+    def forget(self) -> None:
+        """Let go of what the last forward left, untaken."""
+        self._caught.clear()
+
     @abstractmethod
     def take(self, cut: Cut) -> Caught:
         """What the last forward left; nothing of it stays here. `cut` is for what is worth cutting before more is
         computed of it."""
 
     @abstractmethod
-    def replacing(self, index: int, value: float, where: Tensor) -> TransformerHooks:
-        """Hooks that replace a unit's activation by `value` where `where` `[batch, pos]` is True."""
+    def replacing(self, index: int, value: float | Tensor, where: Tensor) -> TransformerHooks:
+        """Hooks that replace a unit's activation by `value` (one number, or one for each token `[batch, pos]`) where
+        `where` `[batch, pos]` is True."""
 
     def written(self) -> Tensor | None:
         """The direction each kept unit writes into the stream `[unit, d_model]`, None where it has no single
