@@ -26,7 +26,16 @@ from neuron_lens.windows import ABSENT, TextWindows
 if TYPE_CHECKING:
     from neuron_lens.transformer import Transformer
 
-__all__ = ["AblatedTokens", "ablate_where", "window_inputs"]
+__all__ = [
+    "AblatedTokens",
+    "WindowRun",
+    "ablate_where",
+    "divergences",
+    "simulated_divergences",
+    "window_inputs",
+]
+
+_AT_ONCE = 8  # windows whose predictions at every token are in memory together
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +66,71 @@ def window_inputs(
     return inputs, np.array(begins, dtype=np.int64)
 
 
+class WindowRun:
+    """Windows of a source's corpus run intact, once, to be compared with runs in which something is changed.
+
+    Args:
+        windows, rows: the windows, and which of them.
+        at: the tokens of each window whose prediction is compared `[row, place]`; None for all of its tokens.
+
+    Attributes:
+        intact: log-probabilities of the next token there `[row, place, d_vocab]`.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        layer: int,
+        windows: TextWindows,
+        rows: Sequence[int],
+        at: NDArray[np.int64] | None = None,
+    ) -> None:
+        inputs, begins = window_inputs(windows, rows)
+        self._model, self._layer = model, layer
+        self._tokens, self._pad, first = model_inputs(model, inputs)
+        begins_at = first + torch.from_numpy(begins)[:, None]
+        last = self._tokens.shape[1] - 1
+        self._columns = (begins_at + torch.arange(windows.length)).clamp(max=last)
+        self.tokens_of_windows = torch.from_numpy(
+            windows.columns["token"][list(rows), windows.context :].astype(np.int64)
+        )
+        read = self._columns if at is None else self._columns.gather(1, torch.from_numpy(at))
+        self._read = read.to(self._tokens.device)
+        with torch.inference_mode():
+            padding = self._pad if self._pad.any() else None
+            self._stream = (
+                self._tokens if layer == 0 else model(self._tokens, pad=padding, stop_at_layer=layer)
+            )
+            self.intact = self.changed(None)
+
+    def spread(self, values: NDArray[np.generic]) -> Tensor:
+        """Values of the windows' tokens `[row, length]` at the places of these tokens in what the model reads, and
+        zero (or False) elsewhere `[row, pos]`."""
+        given = torch.from_numpy(np.ascontiguousarray(values))
+        there = self.tokens_of_windows[:, : given.shape[1]] != ABSENT
+        spread = torch.zeros(self._tokens.shape, dtype=given.dtype)
+        row = torch.arange(len(given))[:, None].expand_as(given)
+        spread[row[there], self._columns[there]] = given[there]
+        return spread.to(self._tokens.device)
+
+    @torch.inference_mode()
+    def changed(self, hooks: TransformerHooks | None) -> Tensor:
+        """Log-probabilities of the next token `[row, place, d_vocab]` with hooks at work."""
+        logits = self._model(
+            self._stream,
+            hooks=hooks,
+            pad=self._pad if self._pad.any() else None,
+            start_at_layer=self._layer,
+            logits_at=self._read,
+        )
+        return functional.log_softmax(logits.float(), dim=-1)
+
+
+def divergences(intact: Tensor, changed: Tensor) -> Tensor:
+    """KL(intact || changed) of log-probabilities `[..., d_vocab]`, nats `[...]`."""
+    return (intact.exp() * (intact - changed)).sum(-1)
+
+
 @torch.inference_mode()
 def ablate_where(
     source: UnitSource,
@@ -71,49 +145,62 @@ def ablate_where(
 
     The last token of a window that ends its document has no next token and is left out.
     """
-    model, layer = source.model, source.layer
-    inputs, begins = window_inputs(windows, rows)
-    tokens, pad, first = model_inputs(model, inputs)
-    columns = first + torch.from_numpy(begins)[:, None] + torch.arange(windows.length)
-    here = torch.from_numpy(windows.columns["token"][list(rows), windows.context :].astype(np.int64))
+    run = WindowRun(source.model, source.layer, windows, rows)
+    here = run.tokens_of_windows
     target = here[:, 1 : windows.length + 1]
-    columns = columns.clamp(max=tokens.shape[1] - 1).to(tokens.device)
-    stream = tokens if layer == 0 else model(tokens, pad=pad if pad.any() else None, stop_at_layer=layer)
-    intact = _log_probabilities(model, stream, pad, layer, None, columns)
     results = []
     for mask in masks:
         chosen = torch.from_numpy(mask & (here[:, : windows.length] != ABSENT).numpy())
-        counted = (chosen & (target != ABSENT)).to(tokens.device)
-        edited = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
-        edited[
-            torch.arange(len(tokens))[:, None].to(tokens.device).expand_as(columns)[chosen], columns[chosen]
-        ] = True
-        hooks = source.replacing(index, value, edited)
-        ablated = _log_probabilities(model, stream, pad, layer, hooks, columns)
-        results.append(_compare(intact, ablated, target.to(tokens.device), counted))
+        counted = (chosen & (target != ABSENT)).to(run.intact.device)
+        changed = run.changed(source.replacing(index, value, run.spread(chosen.numpy())))
+        results.append(_compare(run.intact, changed, target.to(run.intact.device), counted))
     return results
 
 
-def _log_probabilities(
-    model: Transformer,
-    stream: Tensor,
-    pad: Tensor,
-    layer: int,
-    hooks: TransformerHooks | None,
-    columns: Tensor,
-) -> Tensor:
-    """Log-probabilities of next tokens at some columns, `[batch, column, d_vocab]`."""
-    logits = model(
-        stream, hooks=hooks, pad=pad if pad.any() else None, start_at_layer=layer, logits_at=columns
-    )
-    return functional.log_softmax(logits.float(), dim=-1)
+@torch.inference_mode()
+def simulated_divergences(
+    source: UnitSource,
+    index: int,
+    windows: TextWindows,
+    rows: Sequence[int],
+    simulated: NDArray[np.float64],
+    given: NDArray[np.bool_],
+    mean: float,
+) -> NDArray[np.float64]:
+    """How far predictions move when a unit is replaced by its simulation, and when by its mean `[window, 2]`.
+
+    The Jensen-Shannon divergence of the next-token predictions from the intact ones (nats), averaged over the tokens
+    of each window, as ablation scoring takes it (Bills et al. 2023, "Language models can explain neurons in language
+    models"). `simulated` activations `[window, length]` stand where `given` is True; elsewhere the unit stays as it is
+    in both.
+    """
+    found = np.zeros((len(rows), 2))
+    for begin in range(0, len(rows), _AT_ONCE):
+        part = slice(begin, begin + _AT_ONCE)
+        run = WindowRun(source.model, source.layer, windows, rows[part])
+        there = run.tokens_of_windows[:, : windows.length] != ABSENT
+        n = there.sum(1).clamp(min=1).numpy()
+        where = run.spread(given[part])
+        values = run.spread(simulated[part]).to(run.intact.dtype)
+        replacements: tuple[Tensor | float, ...] = (values, mean)
+        for place, value in enumerate(replacements):
+            changed = run.changed(source.replacing(index, value, where))
+            moved = _jensen_shannon(run.intact, changed).cpu() * there
+            found[part, place] = moved.double().sum(1).numpy() / n
+    return found
+
+
+def _jensen_shannon(a: Tensor, b: Tensor) -> Tensor:
+    """Of log-probabilities `[..., d_vocab]`, nats `[...]`; not below 0 by rounding."""
+    middle = torch.logaddexp(a, b) - float(np.log(2))
+    return ((divergences(a, middle) + divergences(b, middle)) / 2).clamp(min=0)
 
 
 def _compare(intact: Tensor, ablated: Tensor, target: Tensor, counted: Tensor) -> AblatedTokens:
     n = counted.sum(1)
     wanted = target.clamp(min=0)[:, :, None]
     shares = counted / n.clamp(min=1)[:, None]
-    divergence = (intact.exp() * (intact - ablated)).sum(-1)
+    divergence = divergences(intact, ablated)
     total = n.sum().clamp(min=1)
     change = ((ablated - intact)[counted]).sum(0) / total
     return AblatedTokens(

@@ -73,7 +73,7 @@ class DirectionSource(UnitSource):
         """Projections onto the directions."""
         return Caught(self._pop(self.site).float() @ self.vectors.T)
 
-    def replacing(self, index: int, value: float, where: Tensor) -> TransformerHooks:
+    def replacing(self, index: int, value: float | Tensor, where: Tensor) -> TransformerHooks:
         """Move the activation along the direction until its projection is `value`."""
 
         def replace(x: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class HeadSource(UnitSource):
         wide = vectors.float()
         return torch.einsum("bphe,hef,bphf->bph", wide, self._gram, wide).clamp(min=0).sqrt()
 
-    def replacing(self, index: int, value: float, where: Tensor) -> TransformerHooks:
+    def replacing(self, index: int, value: float | Tensor, where: Tensor) -> TransformerHooks:
         """Scale what the head writes to the norm `value` (0: nothing)."""
 
         def replace(x: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ class LatentSource(UnitSource):
             caught = caught.select(-2, self._read.head)
         return _CaughtLatents(self.autoencoder, cut(caught), self.indices)
 
-    def replacing(self, index: int, value: float, where: Tensor) -> TransformerHooks:
+    def replacing(self, index: int, value: float | Tensor, where: Tensor) -> TransformerHooks:
         """Set one latent, the autoencoder's error kept: only the edit acts."""
 
         def replace(latents: Tensor) -> Tensor:

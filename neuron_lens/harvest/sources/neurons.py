@@ -33,7 +33,7 @@ class NeuronSource(UnitSource):
         """The neurons' activations."""
         return Caught(self._pop(self.site))
 
-    def replacing(self, index: int, value: float, where: Tensor) -> TransformerHooks:
+    def replacing(self, index: int, value: float | Tensor, where: Tensor) -> TransformerHooks:
         """Set one column of the site."""
 
         def replace(x: Tensor) -> Tensor:
