@@ -48,7 +48,7 @@ def add_judge_options(parser: argparse.ArgumentParser, *, explains: bool) -> Non
     group.add_argument(
         "--judge", metavar="WHO",
         help="openai:MODEL (key in OPENAI_API_KEY), openai:MODEL@URL (any compatible endpoint), local:NAME_OR_PATH "
-        "(a checkpoint), scripted:MODULE:FUNCTION (a Python function, for tests)",
+        "(a checkpoint; …@bfloat16 to compute in that), scripted:MODULE:FUNCTION (a Python function, for tests)",
     )  # fmt: skip
     group.add_argument("--concurrency", type=int, default=8, metavar="N", help="calls at once (default: 8)")
     group.add_argument(
@@ -141,7 +141,9 @@ def _backend(arguments: argparse.Namespace) -> Backend | None:
     if kind == "local" and who:
         from neuron_lens.transformer import Transformer
 
-        return LocalBackend(Transformer.load(who).eval(), name=Path(who).name, budget=budget)
+        path, dtype = (who, "") if Path(who).exists() else who.partition("@")[::2]
+        judge = Transformer.load(path, dtype=dtype or None).eval()
+        return LocalBackend(judge, name=Path(path).name, budget=budget)
     if kind == "scripted" and who.count(":") == 1:
         module, function = who.split(":")
         try:
