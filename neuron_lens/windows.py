@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neuron_lens.errors import RequestError
+from neuron_lens.files.mapped import release_pages
 from neuron_lens.files.tensor_file import map_tensor_file, write_tensor_file
 from neuron_lens.records import TokenWindow
 
@@ -31,6 +32,7 @@ ABSENT = -1  # the code of "no token here": outside the document, or before the 
 SPLITS = ("train", "validation", "test")
 
 _STRIDE = np.int64(2**31)
+_AT_ONCE = 2**14  # windows of a file that are looked at together
 
 _PLACES = ("document", "start", "character_start", "context_position", "split")
 
@@ -62,7 +64,13 @@ class TextWindows:
     def present(self) -> NDArray[np.bool_]:
         """Where a window has a token, `[window, length]` (the last window of a document can be short)."""
         ids = self.columns["token"]
-        return np.asarray(ids[:, self.context : self.context + self.length] != ABSENT)
+        own = slice(self.context, self.context + self.length)
+        present = np.empty((len(ids), self.length), dtype=np.bool_)
+        for begin in range(0, len(ids), _AT_ONCE):
+            here = slice(begin, begin + _AT_ONCE)
+            np.not_equal(ids[here, own], ABSENT, out=present[here])
+            release_pages(ids)
+        return present
 
     def select(self, rows: NDArray[np.integer[Any]]) -> TextWindows:
         """Some of the windows, as windows of their own, in memory."""

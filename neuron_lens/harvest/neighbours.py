@@ -15,14 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from neuron_lens.files.mapped import release_pages
 from neuron_lens.windows import TextWindows
 
-__all__ = ["FIRING_SHARE", "Sampled", "nearest_units"]
+__all__ = ["FIRING_SHARE", "Sampled"]
 
 FIRING_SHARE = 0.25  # a unit fires above this share of the way from its smallest (at least 0) to its largest
 
 _TOKENS = 8_192  # of the sample that co-activation is computed on
-_AT_ONCE = 256  # units compared with all others together
+_AT_ONCE = 64  # units whose sample is in memory together
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -57,22 +58,17 @@ class Sampled:
     ) -> Sampled:
         """From the tensors of a harvest."""
         lowest, highest = (np.maximum(tensors["moments"][:, place], 0).astype(np.float32) for place in (4, 5))
-        split = windows.split[rows]
-        present = windows.present[rows]
-        tokens = windows.columns["token"][rows, windows.context : windows.context + windows.length]
-        train = np.flatnonzero(split == 0)
+        sample = windows.select(rows)
+        tokens = sample.columns["token"][:, windows.context : windows.context + windows.length]
+        train = np.flatnonzero(sample.split == 0)
         step = max(1, -(-len(train) * windows.length // _TOKENS))
         chosen = train[::step]
         if sparse:
             matrix, largest = _from_sparse(tensors, chosen, len(rows), windows.length, len(highest))
         else:
-            held = tensors["random.activations"]  # [unit, window, length]
-            hidden = np.where(present, 0, -np.inf).astype(np.float16)
-            largest = np.stack([(unit + hidden).max(-1) for unit in held], 1)
-            picked = np.asarray(held[:, chosen][:, present[chosen]], dtype=np.float32)
-            matrix = torch.from_numpy(np.ascontiguousarray(picked.T))
+            matrix, largest = _from_dense(tensors["random.activations"], chosen, sample.present)
         threshold = lowest + FIRING_SHARE * (highest - lowest)
-        return cls(matrix, largest, tokens, present, split, lowest, highest, threshold, tensors)
+        return cls(matrix, largest, tokens, sample.present, sample.split, lowest, highest, threshold, tensors)
 
     def activations(self, windows: slice, first: int, last: int) -> tuple[Tensor, Tensor | None]:
         """Activations, and partners where units have them, of some windows and a range of units
@@ -101,82 +97,20 @@ class Sampled:
         return dense
 
 
-def nearest_units(sampled: Sampled, written: Tensor | None, count: int) -> Arrays:
-    """The most co-active units of each: `nearest.unit` `[unit, count]` (columns, -1: none), their
-    `nearest.pearson`, `nearest.jaccard`, and, where units write a direction, its `nearest.cosine`.
-
-    A unit that is constant on the sample correlates with nothing; its nearest are those of most similar
-    direction, with a correlation of 0.
-    """
-    n_units = sampled.matrix.shape[1]
-    count = min(count, n_units - 1)
-    rows = None if written is None else torch.nn.functional.normalize(written.float(), dim=-1)
-    compare = _Comparison(sampled)
-    columns: dict[str, list[Tensor]] = {name: [] for name in ("unit", "pearson", "jaccard", "cosine")}
-    for first in range(0, n_units if count else 0, _AT_ONCE):
-        own = torch.arange(first, min(first + _AT_ONCE, n_units))
-        pearson, jaccard = compare.with_all(own)
-        cosine = torch.zeros_like(pearson) if rows is None else rows[own] @ rows.T
-        # Correlation decides; where there is none, likeness of direction, which counts for less than any.
-        ranked = torch.where(compare.varies[own][:, None] & compare.varies, pearson, 1e-3 * cosine)
-        ranked[torch.arange(len(own)), own] = -torch.inf
-        unit = ranked.topk(count, dim=1).indices
-        columns["unit"].append(unit)
-        for name, values in (("pearson", pearson), ("jaccard", jaccard), ("cosine", cosine)):
-            columns[name].append(values.gather(1, unit))
-    if not count:
-        return {}
-    joined = {f"nearest.{name}": torch.cat(parts).numpy() for name, parts in columns.items()}
-    if rows is None:
-        joined.pop("nearest.cosine")
-    joined["nearest.unit"] = joined["nearest.unit"].astype(np.int32)
-    return joined
-
-
-class _Comparison:
-    """Correlation and Jaccard index of some units with all."""
-
-    def __init__(self, sampled: Sampled) -> None:
-        matrix = sampled.matrix
-        n = max(matrix.shape[0], 1)
-        threshold = torch.from_numpy(sampled.threshold)
-        self.n = n
-        if matrix.is_sparse:
-            matrix = matrix.coalesce()
-            place, values = matrix.indices(), matrix.values()
-            firing = (values > threshold[place[1]]).float()
-            self.mean = torch.zeros(matrix.shape[1]).index_add(0, place[1], values) / n
-            square = torch.zeros(matrix.shape[1]).index_add(0, place[1], values**2) / n
-            self.fires = torch.sparse_coo_tensor(
-                place, firing, matrix.shape, check_invariants=False
-            ).coalesce()
-            self.values = matrix
-            self.n_fires = torch.zeros(matrix.shape[1]).index_add(0, place[1], firing)
-        else:
-            # Centred first: sums of products of large means would cancel.
-            self.mean = torch.zeros(matrix.shape[1])
-            self.fires = (matrix > threshold).float()
-            self.values = matrix - matrix.mean(0)
-            square = self.values.square().mean(0)
-            self.n_fires = self.fires.sum(0)
-        variance = (square - self.mean**2).clamp(min=0)
-        self.varies = variance > 1e-12
-        self.deviation = variance.clamp(min=1e-12).sqrt()
-
-    def with_all(self, own: Tensor) -> tuple[Tensor, Tensor]:
-        """Pearson and Jaccard `[own, unit]`."""
-        covariance = self._products(self.values, own) / self.n - self.mean[own][:, None] * self.mean
-        pearson = covariance / (self.deviation[own][:, None] * self.deviation)
-        pearson = torch.where(self.varies[own][:, None] & self.varies, pearson, 0).clamp(-1, 1)
-        both = self._products(self.fires, own)
-        either = self.n_fires[own][:, None] + self.n_fires - both
-        return pearson, both / either.clamp(min=1)
-
-    @staticmethod
-    def _products(matrix: Tensor, own: Tensor) -> Tensor:
-        if matrix.is_sparse:
-            return torch.sparse.mm(matrix.T, matrix.index_select(1, own).to_dense()).T
-        return matrix[:, own].T @ matrix
+def _from_dense(
+    held: NDArray[np.float16], chosen: NDArray[np.int64], present: NDArray[np.bool_]
+) -> tuple[Tensor, NDArray[np.float16]]:
+    """The training matrix and the largest activations of a sample `[unit, window, length]`, some units at a time."""
+    n_units, n_windows, _ = held.shape
+    inside, absent = torch.from_numpy(present[chosen]), torch.from_numpy(~present)
+    matrix = torch.empty(int(inside.sum()), n_units)
+    largest = np.empty((n_windows, n_units), dtype=np.float16)
+    for first in range(0, n_units, _AT_ONCE):
+        own = torch.from_numpy(np.array(held[first : first + _AT_ONCE]))
+        matrix[:, first : first + len(own)] = own[:, chosen][:, inside].float().T
+        largest[:, first : first + len(own)] = own.masked_fill_(absent, -torch.inf).amax(-1).T.numpy()
+        release_pages(held)
+    return matrix, largest
 
 
 def _from_sparse(
