@@ -14,6 +14,7 @@ from neuron_lens.cli.run_options import add_unit_options, folder_of, named_units
 
 if TYPE_CHECKING:
     from neuron_lens.explain.result import RunResult, Score, UnitSummary
+    from neuron_lens.records import Unit
 
 __all__ = ["add", "print_run", "run", "summary_table"]
 
@@ -30,7 +31,9 @@ examples:
   neuron-lens explain pico --sae pico --latent 42      a latent of the autoencoder that ships with pico
   neuron-lens explain gpt2 --sae folder --latents 0:64 latents of an autoencoder in any published format
   neuron-lens explain pico --layer 3 --heads 0:6       attention heads
+  neuron-lens explain pico --layer 2 --directions probes.npy    vectors [width] or [n, width] of the stream
   neuron-lens explain pico --corpus src/ 'notes/*.md'  on other text
+  neuron-lens explain pico --corpus rows.jsonl --text-key body  rows whose text is under another key
 
 with a judge, whose answers are kept: what was stopped goes on, and nothing is asked twice
   neuron-lens explain gpt2 --layer 6 --neurons 0:64 --explainer max_activating --scorers detection,fuzzing \\
@@ -102,7 +105,7 @@ def summary_table(result: RunResult, wanted: set[str], width: int = 110, limit: 
         another, shuffled = (row.controls[name]["correlation"] for name in ("another_unit", "shuffled"))
         lines.append(
             _COLUMNS.format(
-                f"L{row.unit.layer} {row.unit.kind} {row.unit.index}",
+                _title(row.unit),
                 _interval(row.scores["correlation"]),
                 _value(another),
                 _value(shuffled),
@@ -119,7 +122,7 @@ def _judged_rows(rows: list[UnitSummary], width: int) -> list[str]:
     """A line a scorer, beside the same figure for an explanation that should not work."""
     lines = [_JUDGED.format("unit", "figure", "score (95 %)", "control", "chance", "coverage")]
     for row in rows:
-        title = f"L{row.unit.layer} {row.unit.kind} {row.unit.index}"
+        title = _title(row.unit)
         figures = [("correlation", row.scores["correlation"], _another(row), 0.0)] if row.scores else []
         figures += [(f"{one.scorer} {one.figure}", one.score, one.control, one.chance) for one in row.judged]
         for name, score, control, chance in figures:
@@ -134,6 +137,14 @@ def _judged_rows(rows: list[UnitSummary], width: int) -> list[str]:
             lines.append(_JUDGED.format(title, f"does not apply: {', '.join(row.unscored)}", "", "", "", ""))
         lines.extend(textwrap.wrap("    " + row.sentence, max(width, 44), subsequent_indent="    "))
     return lines
+
+
+def _title(unit: Unit) -> str:
+    """Directions are told apart by their names, not by their numbers, which are all 0."""
+    if unit.kind == "direction":
+        title = f"L{unit.layer} {unit.dictionary.rpartition('-')[0]}"
+        return title if len(title) < 18 else f"{title[:7]}…{title[-9:]}"  # their ends differ
+    return f"L{unit.layer} {unit.kind} {unit.index}"
 
 
 def _another(row: UnitSummary) -> Score | None:

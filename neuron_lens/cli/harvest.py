@@ -19,6 +19,8 @@ examples:
   neuron-lens harvest pico --all --out run                of all layers, in one pass
   neuron-lens harvest pico --sae pico --latents 0:64 --out run
   neuron-lens harvest pico --sae pico --format delphi --out cache     all latents, as Delphi's latent cache
+  neuron-lens harvest pico --layer 2 --directions probes.npy --out run
+  neuron-lens harvest pico --all --corpus rows.parquet --text-key body --out run
   neuron-lens explain pico --layer 2 --neuron 17 --out run    starts from what was harvested
 
 A harvest that was stopped goes on when the same command is given again.

@@ -13,10 +13,13 @@ from neuron_lens.errors import RequestError
 if TYPE_CHECKING:
     from neuron_lens.autoencoders import Autoencoder
     from neuron_lens.explain.pipeline import Pipeline
+    from neuron_lens.explain.recipe import Recipe, SourceRecipe
     from neuron_lens.harvest.corpus import Corpus
+    from neuron_lens.harvest.sources import Direction
     from neuron_lens.records import Unit
 
 __all__ = [
+    "add_corpus_options",
     "add_unit_options",
     "corpus_of",
     "folder_of",
@@ -28,6 +31,8 @@ __all__ = [
 
 DEFAULT_MODEL = "pico"
 _SAMPLE = "pico/sample"  # in model_defs: text no shipped model was trained on
+
+_TEXT_KEY = "text"
 
 _NOUNS = ("neuron", "head", "latent")  # what can be named; each also as a plural that takes several
 
@@ -43,15 +48,33 @@ def add_unit_options(parser: argparse.ArgumentParser) -> None:
         whose = " of --sae" if noun == "latent" else ""
         which.add_argument(f"--{noun}", type=int, metavar=initial, help=f"one {noun}{whose}")
         which.add_argument(f"--{noun}s", metavar="A:B", help=f"a range A:B or a list A,B,C of {noun}s{whose}")
+    which.add_argument(
+        "--directions", metavar="FILE",
+        help="vectors [width] or [n, width] of --layer in a .npy, .safetensors or .pt file",
+    )  # fmt: skip
     which.add_argument("--all", action="store_true", help="every neuron of --layer, or of the model")
+    parser.add_argument(
+        "--site",
+        metavar="SITE",
+        help="path of the site the --directions lie at (default: resid.torso.post_mlp)",
+    )
     parser.add_argument(
         "--sae", metavar="PATH", help="an autoencoder: folder, file, or name of the model it ships with"
     )
+    add_corpus_options(parser)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: explanations/<model>)")
+    parser.add_argument("--seed", type=int, default=0, help="of samples, splits and resamples (default: 0)")
+
+
+def add_corpus_options(parser: argparse.ArgumentParser) -> None:
+    """The text, and which key of its rows holds it."""
     parser.add_argument(
         "--corpus", nargs="+", metavar="PATH", help="files, folders or globs (default: the shipped sample)"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: explanations/<model>)")
-    parser.add_argument("--seed", type=int, default=0, help="of samples, splits and resamples (default: 0)")
+    parser.add_argument(
+        "--text-key", metavar="KEY",
+        help=f"which key of .jsonl and .parquet rows of --corpus holds the text (default: {_TEXT_KEY})",
+    )  # fmt: skip
 
 
 def folder_of(arguments: argparse.Namespace) -> Path:
@@ -63,22 +86,30 @@ def folder_of(arguments: argparse.Namespace) -> Path:
 
 def pipeline_of(arguments: argparse.Namespace, out: Path, **options: Any) -> Pipeline:
     """The pipeline that was asked for, into a folder; `options` are the pipeline's own."""
-    from neuron_lens.explain.recipe import lasting
+    from neuron_lens.explain.direction_file import DEFAULT_SITE, directions_of_file
+    from neuron_lens.explain.recipe import Recipe, SourceRecipe, lasting
 
-    recipe = {
-        "model": lasting(arguments.model),
-        "corpus": arguments.corpus,
-        "folder": os.getcwd(),
-        "sae": arguments.sae and lasting(arguments.sae),
-    }
+    directions = []
+    if arguments.directions is not None:
+        directions = directions_of_file(
+            arguments.directions, arguments.layer, DEFAULT_SITE if arguments.site is None else arguments.site
+        )
+    corpus = corpus_of(arguments.corpus, text_key=arguments.text_key)
+    autoencoders = [SourceRecipe(kind="autoencoder", path=lasting(arguments.sae))] if arguments.sae else []
+    recipe = Recipe(
+        model=lasting(arguments.model),
+        corpus=arguments.corpus and tuple(arguments.corpus),
+        folder=os.getcwd(),
+        text_key=corpus.text_key,
+        sources=tuple(autoencoders),
+    )
     return _pipeline(
-        arguments.model,
-        arguments.sae,
-        corpus_of(arguments.corpus),
+        recipe,
+        corpus,
         out,
         {"seed": arguments.seed},
+        directions=directions,
         name=Path(arguments.model).name,
-        recipe=recipe,
         progress=not arguments.quiet,
         **options,
     )
@@ -94,38 +125,39 @@ def pipeline_of_folder(folder: Path, **options: Any) -> Pipeline:
 
     manifest = RunFolder(folder).require_manifest()
     recipe = manifest.recipe
-    if not recipe:
+    if recipe is None:
         raise RequestError(
             f"{folder} was made by a script from what no name or path opens (a model made or changed by hand, text in "
-            "memory, an autoencoder or direction): use neuron_lens.explain.Pipeline with the same"
+            "memory): use neuron_lens.explain.Pipeline with the same"
         )
     return _pipeline(
-        recipe["model"],
-        recipe["sae"],
-        corpus_of(recipe["corpus"], manifest.corpus.name, recipe.get("folder")),
+        recipe,
+        corpus_of(recipe.corpus, manifest.corpus.name, recipe.folder, recipe.text_key),
         folder,
         manifest.harvest,
         name=manifest.model.name,
-        recipe=recipe,
         **options,
     )
 
 
 def _pipeline(
-    model_name: str,
-    sae: str | None,
+    recipe: Recipe,
     corpus: Corpus,
     out: Path,
     harvest: dict[str, Any],
+    *,
+    directions: Sequence[Direction] = (),
     **options: Any,
 ) -> Pipeline:
+    """With the autoencoders of the recipe, its directions, and those given."""
+    from neuron_lens.autoencoders import Autoencoder
     from neuron_lens.explain.pipeline import Pipeline
     from neuron_lens.harvest.corpus import WindowShape
     from neuron_lens.harvest.settings import HarvestSettings, fitting_shape
     from neuron_lens.transformer import Transformer
 
-    autoencoders = [_autoencoder(sae)] if sae else []
-    model = Transformer.load(model_name)
+    opened = [_opened(out, one) for one in recipe.sources]
+    model = Transformer.load(recipe.model)
     plain: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in harvest.items()
     }
@@ -135,9 +167,31 @@ def _pipeline(
         corpus=corpus,
         folder=out,
         settings=HarvestSettings(shape=shape, **plain),
-        autoencoders=autoencoders,
+        autoencoders=[source for _, source in opened if isinstance(source, Autoencoder)],
+        directions=[
+            *(source for _, source in opened if not isinstance(source, Autoencoder)),
+            *directions,
+        ],
+        recipe=recipe.model_copy(update={"sources": tuple(one for one, _ in opened)}),
         **options,
     )
+
+
+def _opened(folder: Path, recipe: SourceRecipe) -> tuple[SourceRecipe, Autoencoder | Direction]:
+    """An autoencoder or direction of a run, and the recipe with the name it has."""
+    from neuron_lens.explain.kept_sources import open_kept
+    from neuron_lens.harvest.sources import dictionary_of
+
+    if not recipe.path:
+        return recipe, open_kept(folder, recipe)
+    autoencoder = _autoencoder(recipe.path)
+    dictionary = dictionary_of(autoencoder)
+    if recipe.dictionary not in ("", dictionary):
+        raise RequestError(
+            f"{folder} was made with the autoencoder {recipe.dictionary} at {recipe.path}, which now holds another, "
+            f"{dictionary}: put the first one back, or give another folder"
+        )
+    return recipe.model_copy(update={"dictionary": dictionary}), autoencoder
 
 
 def _autoencoder(path_or_name: str) -> Autoencoder:
@@ -151,13 +205,20 @@ def _autoencoder(path_or_name: str) -> Autoencoder:
     return load_autoencoder(path if path.exists() else shipped_autoencoder(path_or_name), dtype=torch.float32)
 
 
-def corpus_of(paths: Sequence[str] | None, name: str | None = None, base: str | None = None) -> Corpus:
+def corpus_of(
+    paths: Sequence[str] | None,
+    name: str | None = None,
+    base: str | None = None,
+    text_key: str | None = None,
+) -> Corpus:
     """The text at the paths, called `name` and relative to `base` if these are given, or the shipped sample."""
     from neuron_lens.files.model_defs import model_defs_dir
     from neuron_lens.harvest.corpus import Corpus
 
     if paths is not None:
-        return Corpus.of_paths(paths, name, base=base)
+        return Corpus.of_paths(paths, name, base=base, text_key=text_key or _TEXT_KEY)
+    if text_key not in (None, _TEXT_KEY):
+        raise RequestError(f"--text-key {text_key} says how to read rows of --corpus; give that, too")
     return Corpus.of_paths([model_defs_dir() / _SAMPLE], name="the shipped sample")
 
 
@@ -178,6 +239,10 @@ def _require_writable(out: Path) -> None:
 
 def named_units(arguments: argparse.Namespace) -> tuple[str, list[int] | None]:
     """The kind of unit, and the numbers named, None when none are."""
+    if arguments.directions is not None:
+        return _named_directions(arguments), None
+    if arguments.site is not None:
+        raise RequestError(f"--site {arguments.site} is where --directions lie; give a file of those, too")
     noun, numbers = ("latent", None) if arguments.sae else ("neuron", None)
     for each in _NOUNS:
         one, several = getattr(arguments, each), getattr(arguments, f"{each}s")
@@ -198,6 +263,15 @@ def named_units(arguments: argparse.Namespace) -> tuple[str, list[int] | None]:
         if value is not None and value < 0:
             raise RequestError(f"{name} is counted from 0; got {value}")
     return noun, numbers
+
+
+def _named_directions(arguments: argparse.Namespace) -> str:
+    if arguments.sae:
+        raise RequestError("--sae goes with --latent or --latents, not with --directions")
+    if arguments.layer is None or arguments.layer < 0:
+        given = "none was" if arguments.layer is None else f"{arguments.layer} was"
+        raise RequestError(f"--directions lie in one layer: say which with --layer, from 0; {given} given")
+    return "direction"
 
 
 def _parsed(text: str, noun: str) -> list[int]:
@@ -223,6 +297,8 @@ def units_of(pipeline: Pipeline, arguments: argparse.Namespace) -> tuple[Unit, .
     """The units asked for."""
     noun, numbers = named_units(arguments)
     config, layer = pipeline.model.config, arguments.layer
+    if noun == "direction":
+        return pipeline.directed()
     if noun == "latent":
         width = pipeline.autoencoders[0].config.d_latent
         spread = list(range(0, width, max(1, width // 8)))[:8]

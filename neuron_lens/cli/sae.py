@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neuron_lens.cli.run_options import corpus_of
+from neuron_lens.cli.run_options import add_corpus_options, corpus_of
 from neuron_lens.errors import RequestError
 
 if TYPE_CHECKING:
@@ -99,9 +99,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--corpus", nargs="+", metavar="PATH", help="files, folders or globs (default: the shipped sample)"
-    )
+    add_corpus_options(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
@@ -114,7 +112,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from neuron_lens.autoencoder_training import evaluate_autoencoder, train_autoencoder
 
     settings = _settings(arguments)
-    corpus = corpus_of(arguments.corpus)
+    corpus = corpus_of(arguments.corpus, text_key=arguments.text_key)
     model = _model(arguments.model)
     folder = arguments.out or Path("autoencoders") / Path(arguments.model).name
     source = corpus if arguments.stored is None else _stored(arguments, model, corpus, settings)
@@ -166,7 +164,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     evaluation = evaluate_autoencoder(
         _model(arguments.model),
         autoencoder,
-        corpus_of(arguments.corpus),
+        corpus_of(arguments.corpus, text_key=arguments.text_key),
         site=arguments.site,
         layer=arguments.layer,
         split=arguments.split,

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -26,7 +26,8 @@ from neuron_lens.errors import BackendError, RequestError
 from neuron_lens.explain.evidence import Evidence
 from neuron_lens.explain.explainers import Explainer, TokenStatistics, explainer_named
 from neuron_lens.explain.judging import Judging, Rehearsal, by_judge, controlled, with_scores
-from neuron_lens.explain.recipe import recipe_of
+from neuron_lens.explain.kept_sources import KeptSources
+from neuron_lens.explain.recipe import Recipe, recipe_of
 from neuron_lens.explain.result import (
     Explanation,
     ModelFacts,
@@ -69,11 +70,12 @@ class Pipeline(NamesUnits):
         scorers: names, or scorers with their options, in the order they are shown; the first one also chooses among
             several candidates of the explainer.
         backend: the judge, whose answers are kept in the folder.
-        autoencoders, directions: those whose units can be asked for.
+        autoencoders, directions: those whose units can be asked for. Of those that are used, and that `recipe` does not
+            name, a copy is kept in the folder where there is a recipe.
         pages: also write an HTML page for every unit and an index.
         progress: show progress bars on stderr.
-        recipe: how model and corpus can be had again, for commands that are given the folder only; found out where both
-            were opened by name and path.
+        recipe: how model, corpus and autoencoders can be had again, for commands that are given the folder only; found
+            out where model and corpus were opened by name and path.
 
     Raises RequestError for names there are not, and when it runs, for a judge that is needed and not given, or a
     folder that holds a run of something else.
@@ -91,7 +93,7 @@ class Pipeline(NamesUnits):
     explainer: str | Explainer | None = "token_statistics"
     scorers: Sequence[str | BaseScorer] = ()
     backend: Backend | None = None
-    recipe: dict[str, Any] = field(default_factory=dict)
+    recipe: Recipe | None = None
     _work: dict[str, SourceWork] = field(default_factory=dict, init=False)  # by name of the source
     _sources: dict[Unit, UnitSource] = field(default_factory=dict, init=False)
 
@@ -110,6 +112,7 @@ class Pipeline(NamesUnits):
             fingerprint=model_fingerprint(self.model),
         )
         self._dictionaries = {dictionary_of(each): each for each in self.autoencoders}
+        self._kept = KeptSources(self._dictionaries, self.directions)
         explainer = self.explainer
         explainer = explainer_named(explainer)() if isinstance(explainer, str) else explainer
         self._explainer = None if isinstance(explainer, TokenStatistics) else explainer
@@ -190,27 +193,7 @@ class Pipeline(NamesUnits):
     def explain(self, unit: Unit) -> UnitResult:
         """Everything about one unit that needs no judge, without writing it."""
         work = self._work[self._sources[unit].name]
-        explained = work.explained(unit.index)
-        partner = work.explained(work.partner(unit.index))
-        seed = self._settings.seed
-        promoted, suppressed = work.output_tokens(unit.index)
-        return UnitResult(
-            model=self.model_facts,
-            run=self._run_facts,
-            unit=unit,
-            explanation=explained.explanation,
-            statistics=explained.statistics(),
-            scores=explained.scores(seed),
-            controls=explained.controls(partner, seed),
-            splits=explained.splits(),
-            train_top=explained.train_top(),
-            strata=explained.strata(),
-            test_windows=explained.shown_tests(),
-            promoted=promoted,
-            suppressed=suppressed,
-            causal=work.causal(explained, seed),
-            similar=work.similar(unit.index),
-        )
+        return work.result(unit.index, self.model_facts, self._run_facts)
 
     def results(self) -> Iterator[UnitResult]:
         """Every finished unit of this run in the folder, in order of layer and index."""
@@ -241,6 +224,7 @@ class Pipeline(NamesUnits):
         sources = self._check(units)
         manifest = self._run_folder.check(self._manifest(sources, units, explainer, scorers))
         self._harvest(sources)
+        self._kept.write(self.folder, manifest.recipe)
         self._run_folder.write_manifest(manifest)
         return manifest
 
@@ -280,7 +264,9 @@ class Pipeline(NamesUnits):
             ),
             explainer=explainer,
             scorers={scorer.name: Method.of(scorer, self.backend) for scorer in scorers},
-            recipe=self.recipe or recipe_of(self.model, self.corpus, [*self.autoencoders, *self.directions]),
+            recipe=self._kept.added(
+                self.recipe or recipe_of(self.model, self.corpus), {source.dictionary for source in sources}
+            ),
         ).with_prompts()
 
     def _evidence_of(self, unit: Unit) -> Evidence:

@@ -240,6 +240,7 @@ class UnitResult(Record):
     test_windows: tuple[ScoredWindow, ...]
     promoted: tuple[TokenValue, ...]  # next tokens the unit's output weights raise, by logit
     suppressed: tuple[TokenValue, ...]
+    reads: tuple[TokenValue, ...] = ()  # input tokens whose embedding drives it most, by its input weights
     causal: CausalEffect | None
     judged: tuple[ScorerResult, ...] = ()
     unscored: dict[str, str] = Field(default_factory=dict)

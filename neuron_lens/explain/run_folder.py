@@ -1,6 +1,7 @@
 """A run folder: what was asked, written down, so that every command can be run again alone and on the right thing.
 
     manifest.json                  a `Manifest`: model, corpus, harvest, explainer, scorers, prompts
+    sources/<dictionary>.safetensors   copies of autoencoders and directions, see `kept_sources`
     harvest/<source>/              see `harvest.shard`
     requests.sqlite                answers of judges, see `llm.cache`
     units/<unit>/result.json       a `UnitResult`; with pages, index.html beside it
@@ -16,12 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, NonNegativeInt, ValidationError
+from pydantic import Field, NonNegativeInt, ValidationError, field_validator
 
 import neuron_lens
 from neuron_lens.errors import RequestError
 from neuron_lens.explain.explainers import Explainer, JudgeExplainer
 from neuron_lens.explain.explainers.base import described, prompt_named
+from neuron_lens.explain.recipe import Recipe
 from neuron_lens.explain.result import ModelFacts, RunFacts, RunResult, UnitResult, UnitSummary
 from neuron_lens.explain.scorers import BaseScorer
 from neuron_lens.files.atomic import write_text_atomic
@@ -120,8 +122,8 @@ class Manifest(Record):
     """What a run folder is a run of.
 
     `harvest` are the settings; `explainer` is None before anything is explained; `scorers` by name; `prompts` maps the
-    names of all prompts used to the hashes of their text; `recipe` says how model, corpus and autoencoder are had again
-    (see `explain.recipe`), for the commands that are given a run folder only.
+    names of all prompts used to the hashes of their text; `recipe` says how model, corpus, autoencoders and directions
+    are had again (see `explain.recipe`), for the commands that are given a run folder only.
     """
 
     format: Literal["neuron_lens run"] = "neuron_lens run"
@@ -135,7 +137,13 @@ class Manifest(Record):
     explainer: Method | None = None
     scorers: dict[str, Method] = Field(default_factory=dict)
     prompts: dict[str, str] = Field(default_factory=dict)
-    recipe: dict[str, Any] = Field(default_factory=dict)
+    recipe: Recipe | None = None
+
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _none_is_written_empty(cls, given: Any) -> Any:
+        """Older folders say {} where there is no recipe."""
+        return given or None
 
     def with_prompts(self) -> Manifest:
         """With the hashes of the prompts its methods use."""
@@ -158,16 +166,36 @@ class Manifest(Record):
         for name, method in other.scorers.items():
             if self.scorers.get(name, method) != method:
                 raise _is_another(folder, f"scorer {name}", self.scorers[name], method)
+        for one in other.sources:
+            self._refuse_namesake(one, folder)
         return self.model_copy(
             update={
                 "sources": tuple(dict.fromkeys((*self.sources, *other.sources))),
                 "explainer": self.explainer or other.explainer,
                 "scorers": self.scorers | other.scorers,
                 "prompts": self.prompts | other.prompts,
-                # What one command did without, an autoencoder, another may have named.
-                "recipe": other.recipe | {name: value for name, value in self.recipe.items() if value},
+                "recipe": _joined_recipe(self.recipe, other.recipe),
             }
         )
+
+    def _refuse_namesake(self, new: SourceFacts, folder: Path) -> None:
+        """Units are filed under kind, layer and dictionary: those of another site would take their place."""
+        for held in self.sources:
+            same = (held.kind, held.layer, held.dictionary) == (new.kind, new.layer, new.dictionary)
+            if same and held.site != new.site:
+                raise _is_another(
+                    folder,
+                    f"site of the {new.kind} {new.dictionary} in layer {new.layer}",
+                    held.site,
+                    new.site,
+                )
+
+
+def _joined_recipe(mine: Recipe | None, theirs: Recipe | None) -> Recipe | None:
+    """What one run did without, an autoencoder, another may have named."""
+    if mine is None or theirs is None:
+        return mine or theirs
+    return mine.with_sources(theirs.sources)
 
 
 def _shown(facts: ModelFacts | CorpusFacts) -> str:

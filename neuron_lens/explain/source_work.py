@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 
 from neuron_lens.explain.evidence import Evidence
 from neuron_lens.explain.features import FeatureSet
-from neuron_lens.explain.result import AblationEffect, CausalEffect, SimilarUnit, TokenValue
+from neuron_lens.explain.result import (
+    AblationEffect,
+    CausalEffect,
+    ModelFacts,
+    RunFacts,
+    SimilarUnit,
+    TokenValue,
+    UnitResult,
+)
 from neuron_lens.explain.scorers import Causal, Effect
 from neuron_lens.explain.scores import mean_score
 from neuron_lens.explain.unit import ExplainedUnit, UnitWindows, explain_windows
@@ -172,6 +180,30 @@ class SourceWork:
             promoted=promoted,
             suppressed=suppressed,
             reads=self.input_tokens(index),
+        )
+
+    def result(self, index: int, model: ModelFacts, run: RunFacts) -> UnitResult:
+        """Everything about a unit that needs no judge; drawn by the run's seed."""
+        explained = self.explained(index)
+        partner = self.explained(self.partner(index))
+        promoted, suppressed = self.output_tokens(index)
+        return UnitResult(
+            model=model,
+            run=run,
+            unit=self.source.unit(index),
+            explanation=explained.explanation,
+            statistics=explained.statistics(),
+            scores=explained.scores(run.seed),
+            controls=explained.controls(partner, run.seed),
+            splits=explained.splits(),
+            train_top=explained.train_top(),
+            strata=explained.strata(),
+            test_windows=explained.shown_tests(),
+            promoted=promoted,
+            suppressed=suppressed,
+            reads=self.input_tokens(index),
+            causal=self.causal(explained, run.seed),
+            similar=self.similar(index),
         )
 
     def similar(self, index: int) -> tuple[SimilarUnit, ...]:

@@ -68,13 +68,15 @@ def source_of(
             dictionary=first.dictionary,
         )
     else:
-        known = {each.dictionary: each for each in directions}
-        if first.dictionary not in known:
+        found = [each for each in directions if each.dictionary == first.dictionary]
+        if not found:
             raise RequestError(
                 f"no direction {first.dictionary!r} is known; give it as Pipeline(…, directions=[…]) and "
                 "name it with pipeline.directed()"
             )
-        source = DirectionSource(model, known[first.dictionary])
+        # One vector may be given at several places.
+        here = [each for each in found if (each.site, each.layer) == (first.site, first.layer)]
+        source = DirectionSource(model, (here or found)[0])
     if (source.site, source.layer) != (first.site, first.layer):
         raise RequestError(
             f"{first} at {first.site}: its {first.kind} source reads {source.site} of layer {source.layer}"
@@ -92,7 +94,7 @@ def sources_of(
 ) -> dict[Unit, UnitSource]:
     """The source of every unit, one for those that share it; see `source_of`.
 
-    Raises RequestError for no units at all, or a unit that does not exist.
+    Raises RequestError for no units at all, a unit that does not exist, or two sources of one name.
     """
     if not units:
         raise RequestError("no units to explain: name at least one layer and neuron")
@@ -109,7 +111,20 @@ def sources_of(
                 f"{source.kind} {beyond[0]} does not exist: {model_name} has 0 to {source.n_units - 1} in every layer"
             )
         found |= dict.fromkeys(own, source)
+    _refuse_namesakes(list(dict.fromkeys(found.values())))
     return found
+
+
+def _refuse_namesakes(sources: Sequence[UnitSource]) -> None:
+    """Harvests lie under the names of their sources, units under kind, layer and dictionary."""
+    by_name: dict[str, UnitSource] = {}
+    for source in sources:
+        other = by_name.setdefault(source.name, source)
+        if other is not source:
+            raise RequestError(
+                f"{source.name} would be read at {other.site} and at {source.site}, and both be filed under one name; "
+                "name the directions differently"
+            )
 
 
 class NamesUnits:

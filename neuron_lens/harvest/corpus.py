@@ -95,11 +95,13 @@ class Row:
 class Corpus:
     """Documents that can be read as often as needed: `name`, `fingerprint`, and iteration.
 
-    `paths` and `base` are those by which `of_paths` alone opens the same text, from everywhere; None where there are none.
+    `paths`, `base` and `text_key` are those by which `of_paths` alone opens the same text, from everywhere; `paths` is
+    None where there are none.
     """
 
     paths: tuple[str, ...] | None = None
     base: str | None = None
+    text_key: str = "text"
 
     def __init__(self, name: str, read: Callable[[], Iterator[Document]]) -> None:
         """`read` begins anew at every call. Raises RequestError when there is no text at all."""
@@ -163,8 +165,7 @@ class Corpus:
                 for document in documents_of_file(file, text_key)
             ),
         )
-        if text_key == "text":
-            corpus.paths, corpus.base = tuple(given), base or os.getcwd()
+        corpus.paths, corpus.base, corpus.text_key = tuple(given), base or os.getcwd(), text_key
         return corpus
 
     @classmethod

@@ -107,7 +107,7 @@ def documents_of_rows(
             has = ", ".join(repr(key) for key in list(row)[:8]) or "nothing"
             raise RequestError(
                 f"{place}: expected an object with {text_key!r} that is a string; it has {has}; say which holds the "
-                "text with text_key=…"
+                "text with text_key=… (by command: --text-key)"
             )
         name = next((row[key] for key in keys if row.get(key) is not None), None)
         if name is None and name_key is not None:
@@ -147,7 +147,7 @@ def _parquet_rows(path: Path, file: str, text_key: str) -> Iterator[dict[str, An
             if text_key not in names:
                 raise RequestError(
                     f"{file} has no column {text_key!r}: it has {', '.join(map(repr, names))}; say which holds the "
-                    "text with text_key=…"
+                    "text with text_key=… (by command: --text-key)"
                 )
             for batch in opened.iter_batches(batch_size=1024, columns=wanted):
                 yield from batch.to_pylist()

@@ -8,20 +8,25 @@ from neuron_lens.report.html import Html, element, fragment
 from neuron_lens.report.tables import TOKENS_SHOWN, bar_rows, fact_list, table, token_table
 from neuron_lens.report.words import decimals, number, percent
 
-__all__ = ["effect_section", "next_tokens_section", "rules_section"]
+__all__ = ["effect_section", "rules_section", "weight_tokens_section"]
 
 
-def next_tokens_section(result: UnitResult) -> Html | None:
-    """The tokens that the unit's output weights promote and suppress."""
-    if not result.promoted and not result.suppressed:
+def weight_tokens_section(result: UnitResult) -> Html | None:
+    """The tokens that the unit's output weights promote and suppress, and those its input weights read."""
+    tables, notes = [], []
+    if result.promoted or result.suppressed:
+        tables.append(token_table("Promoted", "logit", result.promoted))
+        tables.append(token_table("Suppressed", "logit", result.suppressed))
+        notes.append("Promoted and suppressed: next tokens, its output weights through the unembedding.")
+    if result.reads:
+        tables.append(token_table("Read", "drive", result.reads))
+        notes.append("Read: tokens whose embedding alone drives it most, by its input weights.")
+    if not tables:
         return None
-    note = "The unit's output weights read through the unembedding: from weights alone, no text."
-    promoted = token_table("Promoted", "logit", result.promoted)
-    suppressed = token_table("Suppressed", "logit", result.suppressed)
     return fragment(
-        element("h2", "Next tokens its output weights speak for"),
-        element("p", note, class_="note"),
-        element("div", promoted, suppressed, class_="columns"),
+        element("h2", "Tokens its weights speak for"),
+        element("p", " ".join([*notes, "From weights alone, no text."]), class_="note"),
+        element("div", tables, class_="columns"),
     )
 
 

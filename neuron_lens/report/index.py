@@ -224,6 +224,7 @@ def _row(unit: UnitSummary, alphabetical: int, figures: _Figures) -> Html:
     # A number that sorts by layer and then by index.
     rank = place.layer * 10**9 + place.index
     link = element("a", f"layer {place.layer} · {place.kind} {place.index}", href=f"{unit.path}/index.html")
+    whose = element("small", place.dictionary) if place.dictionary else None
     judged = {one.scorer: one.score for one in unit.judged}
     offline = [
         _bar(unit.scores.get("correlation")),
@@ -232,7 +233,7 @@ def _row(unit: UnitSummary, alphabetical: int, figures: _Figures) -> Html:
     ]
     return element(
         "tr",
-        element("td", link, data_v=rank),
+        element("td", link, whose, data_v=rank),
         element("td", sentence_html(unit.sentence), class_="text", data_v=alphabetical),
         offline if figures.offline else None,
         [

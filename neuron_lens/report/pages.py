@@ -151,8 +151,7 @@ def _gather(results: Iterable[UnitResult]) -> RunResult:
         summaries[result.unit.name] = result.summary()
     if first is None:
         raise RequestError("a report needs at least one explained unit; none was given")
-    units = sorted(summaries.values(), key=lambda s: (s.unit.layer, s.unit.kind, s.unit.index))
-    return RunResult(model=first.model, run=first.run, units=tuple(units))
+    return RunResult.of(first.model, first.run, summaries.values(), {})
 
 
 @cache

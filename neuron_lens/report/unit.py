@@ -1,7 +1,7 @@
 """The page of one unit: what it is taken to do, how far that is true, and where to see it.
 
 In reading order: the sentence and key figures; scores beside their controls; windows of text; how the
-activation is distributed; the tokens the unit's output speaks for; what replacing it changes; the rules
+activation is distributed; the tokens the unit's weights speak for; what replacing it changes; the rules
 behind the sentence; statistics and the facts of the run. What was not measured is said to be so, never drawn
 as zero.
 """
@@ -12,7 +12,7 @@ from collections.abc import Collection
 
 from neuron_lens.explain.result import Control, Score, UnitResult
 from neuron_lens.report.charts import Estimate, histogram_svg, interval_svg
-from neuron_lens.report.effects import effect_section, next_tokens_section, rules_section
+from neuron_lens.report.effects import effect_section, rules_section, weight_tokens_section
 from neuron_lens.report.html import Child, Html, element, fragment
 from neuron_lens.report.judged import baseline_section, candidates_section, judged_section, similar_section
 from neuron_lens.report.tables import fact_list, table
@@ -38,13 +38,15 @@ def unit_body(result: UnitResult, *, index_href: str | None, linked: Collection[
     heading = f"{unit.kind.capitalize()} {unit.index} of layer {unit.layer}"
     crumbs: list[Child] = [element("a", "All units", href=index_href), " · "] if index_href else []
     crumbs += [f"model {result.model.name}, site ", element("code", unit.site)]
+    if unit.dictionary:
+        crumbs += [", direction " if unit.kind == "direction" else ", of ", element("code", unit.dictionary)]
     sections = [
         ("scores", "Scores", _scores(result) if result.scores else None),
         ("judged", "Judge", judged_section(result)),
         ("candidates", "Candidates", candidates_section(result.explanation)),
         ("windows", "Text", windows_section(result)),
         ("activations", "Activations", _activations(result)),
-        ("tokens", "Next tokens", next_tokens_section(result)),
+        ("tokens", "Tokens", weight_tokens_section(result)),
         ("effect", "Effect", effect_section(result.causal)),
         ("similar", "Similar units", similar_section(result, linked)),
         ("baseline", "Baseline", baseline_section(result)),

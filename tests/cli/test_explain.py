@@ -10,29 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from explain import planted
 from safetensors.numpy import load_file, save_file
 
 from neuron_lens.cli import main
 from neuron_lens.explain.result import RunResult
 from neuron_lens.files.model_defs import model_defs_dir
-
-
-@pytest.fixture
-def texts(tmp_path: Path) -> Path:
-    """A corpus folder, and the planted model in place of a checkpoint."""
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    for number, document in enumerate(planted.corpus(12)):
-        (folder / f"{number:02}.txt").write_text(document.text)
-    return folder
-
-
-@pytest.fixture
-def planted_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    from neuron_lens.transformer import Transformer
-
-    monkeypatch.setattr(Transformer, "load", classmethod(lambda cls, name: planted.model()))
 
 
 @pytest.mark.usefixtures("planted_model")

@@ -54,5 +54,6 @@ def test_evidence_says_what_a_unit_reads(tmp_path: Path) -> None:
         evidence = work.evidence(unit.index)
         values = [one.value for one in evidence.reads]
         assert len(values) == 10 and values == sorted(values, reverse=True) and values[0] > 0
+        assert pipeline.explain(unit).reads == evidence.reads
         assert "reads" in LogitWeights().slots(evidence)
         assert evidence.reads[0].token.strip() in LogitWeights().slots(evidence)["reads"]

@@ -218,6 +218,7 @@ def unit_result(
         test_windows=tuple(test),
         promoted=token_values("._ . _is .__ _.", 1.42, -0.11),
         suppressed=token_values("_self self \n\n ) _=", -1.05, 0.12),
+        reads=token_values("_self _cls _this", 2.31, -0.2),
         causal=CausalEffect(
             replaced_by="mean", value=0.082, where_firing=ablation(0.031), where_silent=ablation(0.0004)
         ) if causal else None,

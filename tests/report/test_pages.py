@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 
 from neuron_lens.errors import RequestError
 from neuron_lens.explain.result import RunResult, UnitResult
+from neuron_lens.records import Unit
 from neuron_lens.report import index_page, unit_page, write_pages
 from neuron_lens.report.pages import write_index
 
@@ -92,6 +93,42 @@ def test_a_unit_page_holds_what_the_result_holds() -> None:
     assert text.count("no prediction was obtained") == 1
     assert "3.12 %" in text and result.run.corpus_fingerprint in text
     assert_self_contained(root)
+
+
+def tokens_of(result: UnitResult) -> list[Node]:
+    """The section of a unit's page on its weights."""
+    return [one for one in page(unit_page(result)).find("section") if one.attributes["id"] == "tokens"]
+
+
+def test_what_its_weights_read_stands_beside_what_they_promote() -> None:
+    result = unit_result()
+    tables = tokens_of(result)[0]
+    heads = [node.text() for node in tables.find("h3")]
+    assert heads == ["Promoted", "Suppressed", "Read"]
+    shown = [node.text() for node in tables.find("table")[2].find("code")]
+    assert [one.replace("·", " ").strip() for one in shown] == ["self", "cls", "this"]
+    # Older results say nothing of it, some units read no single direction, some write none.
+    data = result.model_dump(exclude={"reads"})
+    assert UnitResult.model_validate(data).reads == ()
+    alone = result.model_copy(update={"reads": ()})
+    assert [node.text() for node in page(unit_page(alone)).find("h3")].count("Read") == 0
+    only = result.model_copy(update={"promoted": (), "suppressed": ()})
+    assert [n.text() for n in tokens_of(only)[0].find("h3")] == ["Read"]
+    neither = only.model_copy(update={"reads": ()})
+    assert not tokens_of(neither)
+    assert UnitResult.model_validate_json(result.model_dump_json()).reads == result.reads
+
+
+def test_units_of_several_dictionaries_say_which_is_theirs() -> None:
+    results = []
+    for name in ("sae-00000001", "sae-00000002"):
+        unit = Unit(kind="latent", layer=2, index=4, site="resid.torso.post_mlp", dictionary=name)
+        results.append(unit_result().model_copy(update={"unit": unit}))
+    for result in results:
+        crumbs = page(unit_page(result)).find("p", "crumbs")[0].text()
+        assert result.unit.dictionary in crumbs
+    rows = page(index_page(results)).find("tbody")[0].find("tr")
+    assert [row.find("small")[0].text() for row in rows] == ["sae-00000001", "sae-00000002"]
 
 
 def test_what_was_not_measured_is_said_to_be_so() -> None:
