@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import neuron_lens
-from neuron_lens.cli import explain, harvest, models, report, sae, score, verify
+from neuron_lens.cli import explain, harvest, judge, models, report, sae, score, verify
 from neuron_lens.errors import NeuronLensError
 
 __all__ = ["main"]
@@ -17,6 +17,7 @@ _COMMANDS = {
     "harvest": harvest,
     "explain": explain,
     "score": score,
+    "judge": judge,
     "report": report,
     "verify": verify,
     "models": models,

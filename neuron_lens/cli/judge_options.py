@@ -16,16 +16,31 @@ if TYPE_CHECKING:
     from neuron_lens.explain.explainers import Explainer
     from neuron_lens.explain.pipeline import Pipeline
     from neuron_lens.explain.result import RunResult
-    from neuron_lens.llm import Backend, Budget, Price
+    from neuron_lens.llm import Backend, Budget, BudgetExceeded, Price
     from neuron_lens.records import Unit
 
-__all__ = ["STOPPED", "add_judge_options", "asked", "judge_options"]
+__all__ = [
+    "STOPPED",
+    "add_judge_options",
+    "add_who",
+    "asked",
+    "backend_of",
+    "judge_options",
+    "price_of",
+    "stopped_by",
+]
 
 STOPPED = 3  # exit code of a run that kept to its budget
 
 _EXPLAINERS = (
     "token_statistics", "token_activation_pairs", "max_activating", "contrastive", "logit_weights", "attention_pairs",
 )  # fmt: skip
+
+
+_WHO = (
+    "openai:MODEL (key in OPENAI_API_KEY), openai:MODEL@URL (any compatible endpoint), local:NAME_OR_PATH (a checkpoint; "
+    "…@bfloat16 to compute in that), scripted:MODULE:FUNCTION (a Python function, for tests)"
+)
 
 
 def add_judge_options(parser: argparse.ArgumentParser, *, explains: bool) -> None:
@@ -45,11 +60,17 @@ def add_judge_options(parser: argparse.ArgumentParser, *, explains: bool) -> Non
         help="detection, fuzzing, intruder, simulation, attention_pairs, causal, surprisal; the first one chooses "
         "among candidates",
     )  # fmt: skip
-    group.add_argument(
-        "--judge", metavar="WHO",
-        help="openai:MODEL (key in OPENAI_API_KEY), openai:MODEL@URL (any compatible endpoint), local:NAME_OR_PATH "
-        "(a checkpoint; …@bfloat16 to compute in that), scripted:MODULE:FUNCTION (a Python function, for tests)",
-    )  # fmt: skip
+    group.add_argument("--judge", metavar="WHO", help=_WHO)
+    _add_limits(group)
+
+
+def add_who(parser: argparse.ArgumentParser) -> None:
+    """The judge by itself, and what it may take."""
+    parser.add_argument("judge", metavar="WHO", help=_WHO)
+    _add_limits(parser.add_argument_group("limits"))
+
+
+def _add_limits(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--concurrency", type=int, default=8, metavar="N", help="calls at once (default: 8)")
     group.add_argument(
         "--dry-run", action="store_true", help="say how many calls, tokens and what cost; ask nothing"
@@ -66,7 +87,7 @@ def add_judge_options(parser: argparse.ArgumentParser, *, explains: bool) -> Non
 def judge_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Options of a Pipeline."""
     scorers = [name.strip() for name in arguments.scorers.split(",") if name.strip()]
-    options: dict[str, Any] = {"scorers": scorers, "backend": _backend(arguments)}
+    options: dict[str, Any] = {"scorers": scorers, "backend": backend_of(arguments)}
     if hasattr(arguments, "explainer"):
         options["explainer"] = _explainer(arguments.explainer, arguments.candidates)
     return options
@@ -77,17 +98,22 @@ def asked(pipeline: Pipeline, units: Sequence[Unit], arguments: argparse.Namespa
     from neuron_lens.llm import BudgetExceeded
 
     if arguments.dry_run:
-        print(f"{len(units)} units: {pipeline.estimate(units, _price(arguments.price))}")
+        print(f"{len(units)} units: {pipeline.estimate(units, price_of(arguments.price))}")
         return 0
     try:
         return pipeline.run(units)
     except BudgetExceeded as error:
-        print(
-            f"neuron-lens: stopped by the budget, nothing is lost: {error}. Give the same command again with a higher "
-            f"--budget or --max-calls, and it goes on from here",
-            file=sys.stderr,
-        )
-        return STOPPED
+        return stopped_by(error)
+
+
+def stopped_by(error: BudgetExceeded) -> int:
+    """Say so, and give the exit code."""
+    print(
+        f"neuron-lens: stopped by the budget, nothing is lost: {error}. Give the same command again with a higher "
+        f"--budget or --max-calls, and it goes on from here",
+        file=sys.stderr,
+    )
+    return STOPPED
 
 
 def _explainer(name: str, candidates: int) -> Explainer:
@@ -103,7 +129,8 @@ def _explainer(name: str, candidates: int) -> Explainer:
     return kind()
 
 
-def _price(text: str | None) -> Price | None:
+def price_of(text: str | None) -> Price | None:
+    """The two numbers of --price."""
     from neuron_lens.llm import Price
 
     if text is None:
@@ -120,7 +147,7 @@ def _budget(arguments: argparse.Namespace) -> Budget | None:
 
     if arguments.budget is None and arguments.max_calls is None:
         return None
-    price = _price(arguments.price)
+    price = price_of(arguments.price)
     if arguments.budget is not None and price is None:
         raise RequestError(
             "--budget is in money: say what tokens cost with --price IN,OUT, or use --max-calls"
@@ -128,7 +155,8 @@ def _budget(arguments: argparse.Namespace) -> Budget | None:
     return Budget(max_cost=arguments.budget, max_calls=arguments.max_calls, price=price)
 
 
-def _backend(arguments: argparse.Namespace) -> Backend | None:
+def backend_of(arguments: argparse.Namespace) -> Backend | None:
+    """The judge that was named, or None."""
     if arguments.judge is None:
         return None
     from neuron_lens.llm import LocalBackend, OpenAIBackend, ScriptedBackend
