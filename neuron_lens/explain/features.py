@@ -10,7 +10,6 @@ Features are listed from simple to complex: of two that predict equally well, th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,80 +17,22 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from neuron_lens.explain.token_words import (
+    BRACKET_WORDS,
+    TOKEN_SHAPES,
+    bucket_word,
+    quoted,
+    statement_words,
+    token_shape,
+)
 from neuron_lens.windows import IntArray, TextWindows
 
-__all__ = ["FEATURES", "CodedFeature", "Feature", "FeatureSet", "LogitFeature", "quoted", "token_shape"]
+__all__ = ["FEATURES", "CodedFeature", "Feature", "FeatureSet", "LogitFeature"]
 
 Keys = NDArray[np.int64]
 
 # Ranks in a unit's output logits at which a token's neighbourhood ends: 8 most raised, next 24, next 96.
 _LOGIT_RANKS = (8, 32, 128)
-
-TOKEN_SHAPES = (
-    "nothing",
-    "line break",
-    "spaces",
-    "digits",
-    "lower-case letters",
-    "upper-case letters",
-    "capitalised letters",
-    "letters and digits or underscores",
-    "an underscore",
-    "a bracket",
-    "a quote",
-    "punctuation",
-    "mixed",
-)
-_SHAPE_PATTERNS = (
-    r"(?!)",
-    r"[ \t]*\n\s*",
-    r"[ \t]+",
-    r" ?[0-9]+",
-    r" ?[a-z]+",
-    r" ?[A-Z]+",
-    r" ?[A-Z][a-z]+",
-    r" ?\w*[A-Za-z0-9]\w*",
-    r" ?_+",
-    r" ?[()\[\]{}]+",
-    r" ?['\"`]+",
-    r" ?[^\w\s]+",
-    r".*",
-)
-
-
-def token_shape(text: str) -> int:
-    """The shape of a token's text, as an index of TOKEN_SHAPES."""
-    return next(
-        code for code, pattern in enumerate(_SHAPE_PATTERNS) if re.fullmatch(pattern, text, re.DOTALL)
-    )
-
-
-def quoted(text: str) -> str:
-    """A token's text in quotes, with line breaks and tabs visible and long runs of spaces counted."""
-    shown = text.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
-    return "'" + re.sub(r" {4,}", lambda run: f"[{len(run[0])} spaces]", shown) + "'"
-
-
-# How codes of these columns read after a token or a class: "'x' inside a call".
-_STATEMENT_WORDS = {
-    "unknown": "in text that is not Python",
-    "expression": "in an expression or assignment",
-    "decorator": "in a decorator",
-    "string": "in a docstring",
-    "comment": "in a comment",
-    "blank": "on a blank line",
-    "import": "in an import",
-    "if": "in an if line",
-}
-_BRACKET_WORDS = {
-    "none": "outside brackets",
-    "call": "inside a call",
-    "parameters": "inside a parameter list",
-    "parenthesis": "inside parentheses",
-    "square bracket": "inside square brackets",
-    "curly bracket": "inside braces",
-    "unknown": "in text that is not Python",
-}
 
 
 class View:
@@ -144,8 +85,8 @@ class View:
         if column in self.windows.names:
             name = self.windows.names[column][entry - 1]
             if column == "statement":
-                return _STATEMENT_WORDS.get(name, f"in a {name} line")
-            return _BRACKET_WORDS[name] if column == "bracket" else name
+                return statement_words(name)
+            return BRACKET_WORDS[name] if column == "bracket" else name
         return str(entry - 1)
 
 
@@ -224,19 +165,13 @@ def _log_bucket(values: Keys) -> Keys:
     return np.where(values <= 4, values, 2 + np.ceil(np.log2(np.maximum(values, 1)))).astype(np.int64)
 
 
-def _bucket_word(bucket: int) -> str:
-    if bucket <= 4:
-        return str(bucket - 1) if bucket else "nothing"
-    return f"{2 ** (bucket - 3)}-{2 ** (bucket - 2) - 1}"
-
-
 def _line_keys(view: View) -> Keys:
     return view.pack((_log_bucket(view("position_in_line")), 16), (view("indent"), view.size["indent"]))
 
 
 def _line_label(view: View, key: int) -> str:
     bucket, indent = view.split(key, 16, view.size["indent"])
-    return f"{_bucket_word(bucket)} tokens into a line at indentation {max(indent - 1, 0)}"
+    return f"{bucket_word(bucket)} tokens into a line at indentation {max(indent - 1, 0)}"
 
 
 def _context_keys(view: View) -> Keys:
@@ -257,7 +192,7 @@ FEATURES: tuple[Feature, ...] = (
         "context_position",
         "the number of tokens read",
         _context_keys,
-        lambda view, key: _bucket_word(key),
+        lambda view, key: bucket_word(key),
     ),
     Feature("place_in_line", "the place in the line", _line_keys, _line_label),
     _columns_feature(
