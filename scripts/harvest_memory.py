@@ -152,7 +152,8 @@ def _harvest(given: argparse.Namespace) -> list[dict[str, Any]]:
     phases.wrap(finish, "gather_windows", "text of the windows")
     phases.wrap(finish.Sampled, "of", "sample")
     phases.wrap(finish, "nearest_units", "nearest units")
-    phases.wrap(finish, "near_misses", "near misses")
+    phases.wrap(finish.NearMisses, "take_sample", "near misses")
+    phases.wrap(run, "read_again", "reading again")
     phases.wrap(LayerHarvest, "write", "writing")
     with phases.phase("finishing"):
         run.harvest(model, corpus, sources, given.folder / "harvest", settings, progress=False)

@@ -6,6 +6,7 @@ has active units, squared, and not as many as there are units, squared.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -21,7 +22,7 @@ __all__ = ["nearest_units"]
 
 _AT_ONCE = 256  # units compared with all others together, at most
 _COMPARED = 2**24  # pairs of them, at most, but for very many units
-_PAIRS = 2**22  # pairs of entries that are added up together
+_PAIRS = 2**20  # pairs of entries that are added up together
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -50,12 +51,33 @@ def nearest_units(sampled: Sampled, written: Tensor | None, count: int) -> Array
         sparse = _SparseComparison(sampled)
         left = torch.from_numpy(sparse.fill(found, rows, count))
         compare: _Comparison = sparse
+        if rows is not None:
+            for own in _at_once(left[~sparse.varies[left]], n_units):
+                _fill_by_direction(found, sparse, rows, own, count)
+            left = left[sparse.varies[left]]
     else:
         compare = _DenseComparison(sampled)
-    at_once = max(16, min(_AT_ONCE, _COMPARED // n_units))
-    for first in range(0, len(left), at_once):
-        _fill(found, compare, rows, left[first : first + at_once], count)
+    for own in _at_once(left, n_units):
+        _fill(found, compare, rows, own, count)
     return {f"nearest.{name}": column.numpy() for name, column in found.items()}
+
+
+def _at_once(units: Tensor, n_units: int) -> Iterator[Tensor]:
+    """As many of some units at a time as are compared with all together."""
+    step = max(16, min(_AT_ONCE, _COMPARED // n_units))
+    for first in range(0, len(units), step):
+        yield units[first : first + step]
+
+
+def _fill_by_direction(
+    found: dict[str, Tensor], compare: _SparseComparison, rows: Tensor, own: Tensor, count: int
+) -> None:
+    """The nearest of some units that correlate with none: as `_fill`, with less work."""
+    cosine = rows[own] @ rows.T
+    cosine[torch.arange(len(own)), own] = -torch.inf
+    found["cosine"][own], unit = cosine.topk(count, dim=1)
+    found["unit"][own] = unit.int()
+    found["jaccard"][own] = compare.jaccard(own, unit)
 
 
 def _fill(
@@ -173,6 +195,16 @@ class _SparseComparison(_Comparison):
             torch.from_numpy(pairs.both).float(),
         )
         return self._scaled(own, products, both, self._n)
+
+    def jaccard(self, own: Tensor, others: Tensor) -> Tensor:
+        """Of some units, rising, with some others each `[own, other]`."""
+        pairs = self._pairs(own.numpy())
+        wanted = own[:, None].numpy() * self._n_units + others.numpy()
+        there = pairs.unit * self._n_units + pairs.other
+        place = np.searchsorted(there, wanted)
+        both = np.append(pairs.both, 0.0)[np.where(np.append(there, -1)[place] == wanted, place, len(there))]
+        firing = torch.from_numpy(both).float()
+        return firing / (self.n_fires[own][:, None] + self.n_fires[others] - firing).clamp(min=1)
 
     def _of_pairs(self, own: Tensor, other: Tensor, pairs: _Pairs) -> tuple[Tensor, Tensor]:
         covariance = torch.from_numpy(pairs.products) / self._n - self.mean[own].double() * self.mean[other]
