@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -21,11 +21,18 @@ class Case:
         name: what it is called in the results.
         sizes: whatever the area's peers need to know.
         tolerance: largest difference between outputs, in standard deviations of ours; 0 for equality.
+        peers: names of those measured on it, ours first; empty for all of the area.
     """
 
     name: str
     sizes: dict[str, Any] = field(default_factory=dict)
     tolerance: float = 0.0
+    peers: tuple[str, ...] = ()
+
+    def measured(self, peers: Sequence[Peer]) -> list[Peer]:
+        """Those of the area's peers that are measured on it. Raises KeyError for a name that is none of theirs."""
+        by_name = {peer.name: peer for peer in peers}
+        return [by_name[name] for name in self.peers] or list(peers)
 
 
 @dataclass(frozen=True)

@@ -94,9 +94,12 @@ def run_area(
         raise SystemExit(f"{name} has no case {only}; known: {[case.name for case in area.cases(tiny)]}")
     results = []
     for case in cases:
+        measured = case.measured(peers)
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-            results.append(_run_case(area, name, case, peers, Path(folder), rounds, threads, tiny, seconds))
-            _print_case(results[-1], peers)
+            results.append(
+                _run_case(area, name, case, measured, Path(folder), rounds, threads, tiny, seconds)
+            )
+            _print_case(results[-1], measured)
     machine = {"python": platform.python_version(), "processor": platform.machine(), "cores": os.cpu_count()}
     targets = getattr(area, "TARGETS", {})
     made = time.strftime("%Y-%m-%dT%H:%M:%S")

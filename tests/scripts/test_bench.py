@@ -40,7 +40,16 @@ def test_areas_say_what_they_compare(name: str) -> None:
     for tiny in (True, False):
         names = [case.name for case in area.cases(tiny)]
         assert names and len(set(names)) == len(names)
-    assert area.peers()[0].environment is None, "ours comes first"
+        for case in area.cases(tiny):
+            assert case.measured(area.peers())[0].environment is None, "ours comes first"
+
+
+def test_a_case_names_who_is_measured_on_it() -> None:
+    peers = [Peer(name, lambda case, folder: print) for name in "abc"]
+    assert Case("all").measured(peers) == peers
+    assert Case("some", peers=("c", "a")).measured(peers) == [peers[2], peers[0]]
+    with pytest.raises(KeyError, match="d"):
+        Case("unknown", peers=("d",)).measured(peers)
 
 
 def test_an_area_runs_and_saves_its_ratios(tmp_path: Path) -> None:
@@ -113,9 +122,17 @@ def test_nothing_is_timed_when_outputs_differ(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.slow
 @pytest.mark.peer
-@pytest.mark.parametrize("area", ["forward", "generate", "load"])
+@pytest.mark.parametrize("area", ["forward", "generate", "load", "harvest"])
 def test_areas_with_peers_run(area: str, tmp_path: Path) -> None:
-    subprocess.run([str(ROOT / "scripts" / "peer_env"), "transformers"], check=True)
+    peers = open_area(area).peers()
+    environments = sorted({peer.environment for peer in peers if peer.environment})
+    subprocess.run([str(ROOT / "scripts" / "peer_env"), *environments], check=True)
     done = run_bench(tmp_path, area, "--rounds", "2", "--seconds", "0.01")
     assert done.returncode == 0, done.stderr
-    assert "transformers" in json.loads((tmp_path / f"{area}.json").read_text())["cases"][0]["ratios"]
+    found = {
+        result["case"]: result for result in json.loads((tmp_path / f"{area}.json").read_text())["cases"]
+    }
+    for case in open_area(area).cases(tiny=True):
+        others = case.measured(peers)[1:]
+        assert set(found[case.name]["ratios"]) == {peer.name for peer in others}
+        assert set(found[case.name]["deviations"]) == {peer.name for peer in others if peer.checked}
