@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
@@ -21,15 +21,15 @@ from neuron_lens.explain.result import (
     TokenValue,
     UnitResult,
 )
-from neuron_lens.explain.scorers import Causal, Effect
+from neuron_lens.explain.scorers import Causal, Continuations, Effects
 from neuron_lens.explain.scores import mean_score
 from neuron_lens.explain.unit import ExplainedUnit, UnitWindows, explain_windows
-from neuron_lens.records import Unit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from neuron_lens.harvest.ablation import AblatedTokens
+    from neuron_lens.harvest.effects import UnitEffects
     from neuron_lens.harvest.shard import LayerHarvest, UnitActivations
     from neuron_lens.harvest.sources import UnitSource
     from neuron_lens.windows import TextWindows
@@ -166,11 +166,20 @@ class SourceWork:
         return raised, lowered
 
     @cached_property
-    def _effects(self) -> Callable[[Unit], Sequence[Effect]]:
-        """Of any unit; those of the random units are asked for again and again."""
+    def _unit_effects(self) -> UnitEffects:
         from neuron_lens.harvest.effects import UnitEffects
 
-        return lru_cache(maxsize=64)(UnitEffects(self.source, self.harvest.windows, self.explained))
+        return UnitEffects(self.source, self.harvest.windows, self.explained)
+
+    @cached_property
+    def _effects(self) -> Effects:
+        """Of any unit; those of the random units are asked for again and again."""
+        return lru_cache(maxsize=64)(self._unit_effects)
+
+    @cached_property
+    def _continuations(self) -> Continuations:
+        """Of any unit, likewise."""
+        return lru_cache(maxsize=64)(self._unit_effects.continuations)
 
     def evidence(self, index: int) -> Evidence:
         """What explainers and scorers that ask a judge see of a unit."""
@@ -231,6 +240,7 @@ class SourceWork:
         return replace(
             scorer,
             effects=scorer.effects or self._effects,
+            continuations=scorer.continuations or self._continuations,
             random_units=scorer.random_units or tuple(self.source.unit(int(index)) for index in drawn),
         )
 

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from neuron_lens.explain.evidence import PartName
 from neuron_lens.explain.explainers.base import prompt_named
 from neuron_lens.explain.puzzles import Rule, puzzles, tokens_of
-from neuron_lens.explain.scorers import Effect
+from neuron_lens.explain.scorers import Continuation, Effect
 from neuron_lens.llm import Request, Response, ScriptedBackend, TokenLogprob, TokenLogprobs, prompt_names
 from neuron_lens.records import Unit
 
@@ -26,7 +27,8 @@ _KINDS = {
     for name in prompt_names(package="neuron_lens.explain")
     if (prompt := prompt_named(name)).template.startswith("[system]")
 } | {
-    prompt_named(name).template[:300].split("{{")[0]: name for name in ("surprisal", "simulation_all_at_once")
+    prompt_named(name).template[:300].split("{{")[0]: name
+    for name in ("surprisal", "simulation_all_at_once", "causal_likelihood")
 }
 
 RULES: dict[str, Rule] = {puzzle.explanation: puzzle.rule for puzzle in puzzles()}
@@ -115,6 +117,19 @@ class RuleJudge:
             text="", prompt_tokens=tuple(TokenLogprobs(token=token, logprob=logprob) for token in tokens)
         )
 
+    def causal_likelihood(self, request: Request) -> Response:
+        """A description is likelier after text that its rule fires in; all else is a guess."""
+        assert request.prompt is not None
+        head, asked = request.prompt.rsplit("\nDescription: ", 1)
+        written = json.loads(head.rsplit("\nIt wrote: ", 1)[1])
+        rule = RULES.get(asked)
+        fits = self._holds(rule, asked, written) if rule else False
+        logprob = -3.0 + 0.5 * fits + 0.4 * self._guess(asked, written)
+        tokens = tokens_of(request.prompt)
+        return Response(
+            text="", prompt_tokens=tuple(TokenLogprobs(token=token, logprob=logprob) for token in tokens)
+        )
+
     def _levels(self, rule: Rule | None, asked: str, tokens: Sequence[str]) -> list[int]:
         if rule is None:
             return [math.floor(11 * self._guess(asked, place, *tokens)) for place in range(len(tokens))]
@@ -156,10 +171,11 @@ def _direction(text: str) -> tuple[float, ...]:
 
 
 @lru_cache(maxsize=64)
-def planted_effects(unit: Unit) -> list[Effect]:
+def planted_effects(unit: Unit, part: PartName = "test") -> list[Effect]:
     """What steering a puzzle's unit would do: its own tokens become likelier."""
     puzzle = puzzles()[unit.index]
     evidence = puzzle.evidence()
+    windows = evidence.part(part)
     return [
         Effect(
             kind="steer" if number % 2 else "ablate",
@@ -171,7 +187,21 @@ def planted_effects(unit: Unit) -> list[Effect]:
             ),
             lowered=(),
         )
-        for number, window in enumerate(evidence.test.firing(evidence.firing_threshold)[:25])
+        for number, window in enumerate(windows.firing(evidence.firing_threshold)[:25])
+    ]
+
+
+@lru_cache(maxsize=256)
+def planted_continuations(unit: Unit, part: PartName, count: int) -> list[Continuation]:
+    """What a model steered with a puzzle's unit would write: a text the unit fires in, and one it is silent in else."""
+    puzzle = puzzles()[unit.index]
+    evidence, windows = puzzle.evidence(), puzzle.evidence().part(part)
+    loud, quiet = (f(evidence.firing_threshold) for f in (windows.firing, windows.silent))
+    return [
+        Continuation(
+            text=f"Text {place}.", intact="".join(a.tokens), steered="".join(b.tokens), divergence=0.5
+        )
+        for place, (a, b) in enumerate(zip(quiet[-count:], loud[-count:], strict=True))
     ]
 
 

@@ -12,6 +12,7 @@ from neuron_lens.explain.result import Score
 from neuron_lens.explain.scorers import (
     BaseScorer,
     Causal,
+    CausalLikelihood,
     Detection,
     Embedding,
     Fuzzing,
@@ -23,7 +24,7 @@ from neuron_lens.explain.scorers.outcome import Outcome, binary_figures, judgeme
 from neuron_lens.explain.scores import from_sums, share_score
 from neuron_lens.explain.simulators import TextSimulator
 
-from .judge import planted_effects, rule_judge
+from .judge import planted_continuations, planted_effects, rule_judge
 
 REPEATS = 100
 NOMINAL = 0.95
@@ -52,17 +53,16 @@ class RandomEmbedder:
         return self.rng.normal(size=(len(texts), 8))
 
 
+UNITS = tuple(puzzle.evidence().unit for puzzle in puzzles()[:5])
 SCORERS: dict[str, BaseScorer] = {
     "detection": Detection(controls=False, batch=10),
     "fuzzing": Fuzzing(controls=False, batch=10),
     "intruder": Intruder(controls=False),
     "simulation": Simulation(simulator=TextSimulator(), controls=False, n_firing=8, n_silent=8),
     "surprisal": Surprisal(controls=False, n_firing=10, n_silent=10),
-    "causal": Causal(
-        batch=10,
-        controls=False,
-        effects=planted_effects,
-        random_units=tuple(p.evidence().unit for p in puzzles()[:5]),
+    "causal by answers": Causal(batch=10, controls=False, effects=planted_effects, random_units=UNITS),
+    "causal by likelihood": CausalLikelihood(
+        controls=False, continuations=planted_continuations, random_units=UNITS
     ),
 }
 

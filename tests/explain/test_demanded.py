@@ -26,7 +26,7 @@ from neuron_lens.explain.scorers import (
 )
 from neuron_lens.llm import Request, ScriptedBackend
 
-from .judge import RuleEmbedder, guess, planted_effects, rule_judge
+from .judge import RuleEmbedder, guess, planted_continuations, planted_effects, rule_judge
 from .test_chance import held_to_the_rate
 from .test_explainers import head_evidence
 
@@ -49,9 +49,13 @@ ASKED: dict[str, tuple[BaseScorer, set[str]]] = {
     "simulation": (Simulation(), set()),
     "surprisal": (Surprisal(), set()),
     "embedding": (Embedding(embedder=RuleEmbedder()), set()),
-    "causal": (
+    "causal by answers": (
         Causal(effects=planted_effects, random_units=OTHERS),
         {"precision_at_density", "quantiles"},
+    ),
+    "causal by likelihood": (
+        Causal(continuations=planted_continuations, random_units=OTHERS),
+        set(DEMANDED),
     ),
     "attention_pairs": (AttentionPairsScorer(), set()),
 }
@@ -77,7 +81,9 @@ def test_what_every_score_should_carry_is_there_or_its_absence_is_explained(name
         assert score.low is None or score.high is None or score.low <= (score.value or 0.0) <= score.high
 
 
-@pytest.mark.parametrize("name", sorted(set(ASKED) - {"causal", "attention_pairs"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(ASKED) - {"causal by answers", "causal by likelihood", "attention_pairs"})
+)
 def test_without_a_uniform_sample_there_is_no_density_and_it_is_said(name: str) -> None:
     top = EVIDENCE.test.firing(1.0)[:30] + EVIDENCE.test.silent(1.0)[:30]
     bare = {part: Part(top=getattr(EVIDENCE, part).top) for part in ("train", "validation")}

@@ -187,11 +187,13 @@ def test_what_the_evidence_lacks_is_refused_by_name() -> None:
 def test_every_prompt_belongs_to_something_and_has_an_example() -> None:
     from neuron_lens.explain.scorers import SCORERS
 
-    known = {*EXPLAINERS, *SCORERS, "simulation_text", "simulation_all_at_once", "simulation_attention_pairs"}
+    simulators = {"simulation_text", "simulation_all_at_once", "simulation_attention_pairs"}
+    known = {*EXPLAINERS, *SCORERS, *simulators, "causal_likelihood"}
     for name in prompt_names(package="neuron_lens.explain"):
         assert name in known
         template = prompt_named(name).template
-        assert "[assistant]" in template or name in ("surprisal", "simulation_all_at_once")
+        read = ("surprisal", "simulation_all_at_once", "causal_likelihood")
+        assert "[assistant]" in template or name in read
 
 
 @pytest.mark.parametrize("name", ["animals", "digits", "bank", "after_the", "doubled", "commas"])
@@ -352,9 +354,11 @@ def test_causal_scoring_tells_a_units_effects_from_those_of_others(harvested: So
         return json.dumps({"answers": own if "Description: the word self" in text else [False] * len(own)})
 
     scorer = Causal(effects=effects, random_units=tuple(UNITS), n_firing=12, n_silent=12)
+    assert scorer.method(None) == "answers"
     result = scorer.score(evidence, "the word self", ScriptedBackend(script), seed=0, others=["digits"])
     assert result.score.value == 1.0 and result.score.n == 24
     assert (
         result.controls[0].name == "another_unit" and result.controls[0].scores[result.headline].value == 0.5
     )
     assert result.scores["precision_at_density"].value is None
+    assert result.absent.keys() == {"precision_at_density"} and result.quantiles

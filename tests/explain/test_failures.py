@@ -43,20 +43,18 @@ from neuron_lens.llm import (
 )
 from tests.llm.server import JudgeServer, Reply, chat_reply, error_reply
 
-from .judge import RuleJudge, guess, planted_effects, rule_judge
+from .judge import RuleJudge, guess, planted_continuations, planted_effects, rule_judge
 
+UNITS = tuple(puzzle.evidence().unit for puzzle in puzzles()[:5])
+PAIRED = ("surprisal", "causal by likelihood")  # of two calls a text both must succeed
 SCORERS: dict[str, BaseScorer] = {
     "detection": Detection(batch=2, controls=False),
     "fuzzing": Fuzzing(batch=2, controls=False),
     "intruder": Intruder(controls=False),
     "simulation": Simulation(simulator=TextSimulator(), controls=False),
     "surprisal": Surprisal(controls=False),
-    "causal": Causal(
-        batch=2,
-        controls=False,
-        effects=planted_effects,
-        random_units=tuple(p.evidence().unit for p in puzzles()[:5]),
-    ),
+    "causal by answers": Causal(batch=2, controls=False, effects=planted_effects, random_units=UNITS),
+    "causal by likelihood": Causal(controls=False, continuations=planted_continuations, random_units=UNITS),
 }
 
 
@@ -76,8 +74,7 @@ def test_failed_calls_lower_the_coverage_widen_the_interval_and_leave_the_mean(n
     clean, failing = results
     assert all(result.score.coverage == 1.0 and not result.missing for result in clean)
     lost = np.mean([1 - result.score.coverage for result in failing])
-    # Of surprisal's two calls a text both must succeed.
-    assert lost == pytest.approx(1 - 0.7**2 if name == "surprisal" else 0.3, abs=0.06)
+    assert lost == pytest.approx(1 - 0.7**2 if name in PAIRED else 0.3, abs=0.06)
     shares = [sum(result.missing.values()) / result.calls for result in failing]
     assert np.mean(shares) == pytest.approx(0.3, abs=0.05)
     assert {kind for result in failing for kind in result.missing} == {"failed", "refused"}

@@ -21,9 +21,10 @@ from neuron_lens.explain.scorers import (
 )
 from neuron_lens.explain.simulators import AllAtOnceSimulator, TextSimulator
 
-from .judge import RuleEmbedder, planted_effects, rule_judge
+from .judge import RuleEmbedder, planted_continuations, planted_effects, rule_judge
 
 PUZZLES = puzzles()
+UNITS = tuple(puzzle.evidence().unit for puzzle in PUZZLES)
 SCORERS: dict[str, BaseScorer] = {
     "detection": Detection(batch=10),
     "fuzzing": Fuzzing(batch=10),
@@ -32,9 +33,8 @@ SCORERS: dict[str, BaseScorer] = {
     "simulation by text": Simulation(simulator=TextSimulator(), calibration="linear", n_firing=8, n_silent=6),
     "surprisal": Surprisal(n_firing=15, n_silent=15),
     "embedding": Embedding(embedder=RuleEmbedder()),
-    "causal": Causal(
-        batch=10, effects=planted_effects, random_units=tuple(p.evidence().unit for p in PUZZLES)
-    ),
+    "causal by answers": Causal(batch=10, form="answers", effects=planted_effects, random_units=UNITS),
+    "causal by likelihood": Causal(continuations=planted_continuations, random_units=UNITS),
 }
 
 

@@ -5,7 +5,8 @@ fuzzing           are these the tokens it fires at?                            a
 intruder          in which of these texts does it not fire?                    any chat judge
 simulation        how strongly does it fire at each token?                     any chat judge, or prompt_logprobs
 attention_pairs   does the head act from this token on that one?               any chat judge; heads
-causal            are these its effects on the prediction?                     any chat judge, and the model itself
+causal            are these its effects on the prediction?                     any chat judge or prompt_logprobs, and
+                                                                               the model itself
 surprisal         is the text likelier, knowing the explanation?               prompt_logprobs
 embedding         is the text nearer to the explanation?                       an embedder, no judge
 """
@@ -23,6 +24,7 @@ from neuron_lens.explain.scorers.base import (
     ScorerResult,
 )
 from neuron_lens.explain.scorers.causal import Causal, Effect, Effects
+from neuron_lens.explain.scorers.causal_likelihood import CausalLikelihood, Continuation, Continuations
 from neuron_lens.explain.scorers.detection import Detection
 from neuron_lens.explain.scorers.embedding import BagOfWords, Embedder, Embedding, SentenceTransformer
 from neuron_lens.explain.scorers.fuzzing import Fuzzing
@@ -37,6 +39,9 @@ __all__ = [
     "BagOfWords",
     "BaseScorer",
     "Causal",
+    "CausalLikelihood",
+    "Continuation",
+    "Continuations",
     "Detection",
     "Effect",
     "Effects",

@@ -7,7 +7,7 @@ sentence that makes any text likelier gains nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,7 +28,7 @@ from neuron_lens.llm import Backend, Missing, Request, Response
 
 Floats = NDArray[np.float64]
 
-__all__ = ["Surprisal", "surprisal_of"]
+__all__ = ["Surprisal", "likelihood_of", "surprisal_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,16 +97,34 @@ def surprisal_of(answer: Response | Missing, text: str) -> float | None:
 
     None when the answer is missing, or its tokens do not add up to a prompt that ends so.
     """
+    found = _logprobs(answer, text, lambda begin, end: begin >= 0)
+    return None if found is None else -float(np.mean(found))
+
+
+def likelihood_of(answer: Response | Missing, text: str) -> tuple[float, int] | None:
+    """Mean log-probability (nats) of the prompt's tokens that reach into `text`, with which the prompt ends, and how
+    many these are.
+
+    The first may begin before it (with a space). None as in `surprisal_of`.
+    """
+    found = _logprobs(answer, text, lambda begin, end: end > 0)
+    return None if found is None else (float(np.mean(found)), len(found))
+
+
+def _logprobs(
+    answer: Response | Missing, text: str, counts: Callable[[int, int], bool]
+) -> list[float] | None:
+    """Of the tokens that count, told where they begin and end, in characters from where the text begins."""
     if isinstance(answer, Missing) or answer.prompt_tokens is None:
         return None
     whole = "".join(token.token for token in answer.prompt_tokens)
     if not text or not whole.endswith(text):
         return None
-    begins, at, logprobs = len(whole) - len(text), 0, []
+    begin, logprobs = len(text) - len(whole), []
     for token in answer.prompt_tokens:
-        if at >= begins:
+        end = begin + len(token.token)
+        if counts(begin, end):
             logprobs.append(token.logprob)
-        at += len(token.token)
-    if not logprobs or any(logprob is None for logprob in logprobs):
-        return None
-    return -float(np.mean([logprob for logprob in logprobs if logprob is not None]))
+        begin = end
+    known = [logprob for logprob in logprobs if logprob is not None]
+    return known if known and len(known) == len(logprobs) else None
