@@ -96,16 +96,21 @@ class SourceWork:
         # A unit and its control are each other's partners: both are asked for twice, close together.
         self.explained = lru_cache(maxsize=4)(self._explain)
         self._group = lru_cache(maxsize=2)(self._make_group)
+        self._logits = lru_cache(maxsize=2)(self._make_logits)
 
     @cached_property
-    def _logits(self) -> NDArray[np.float32] | None:
-        """What each kept unit's output adds to the logits `[unit, d_vocab]`; None without a single direction."""
+    def _written(self) -> Tensor | None:
+        """The directions the kept units write; None without a single one each."""
+        return self.source.written()
+
+    def _make_logits(self, number: int) -> NDArray[np.float32] | None:
+        """What the output of each unit of a group adds to the logits `[unit, d_vocab]`; None without a direction."""
         from neuron_lens.harvest.sources.base import logits_written
 
-        written = self.source.written()
-        if written is None:
+        if self._written is None:
             return None
-        return np.asarray(logits_written(self.source.model, written).cpu().numpy())
+        own = self._written[self._columns(number)]
+        return np.asarray(logits_written(self.source.model, own).cpu().numpy())
 
     def _explain(self, index: int) -> ExplainedUnit:
         group = self._group(self._number_of(index))
@@ -114,21 +119,30 @@ class SourceWork:
 
     def _number_of(self, index: int) -> int:
         """The group of a unit. A unit left over alone goes with the group before it: its control is there."""
-        n_units = len(self.source.indices)
-        return min(self.source.column(index) // GROUP_UNITS, max((n_units - 2) // GROUP_UNITS, 0))
+        return min(self.source.column(index) // GROUP_UNITS, self._last)
+
+    @property
+    def _last(self) -> int:
+        """The number of the last group."""
+        return max((len(self.source.indices) - 2) // GROUP_UNITS, 0)
+
+    def _columns(self, number: int) -> slice:
+        """Where the units of a group stand among the kept ones."""
+        return slice(number * GROUP_UNITS, None if number == self._last else (number + 1) * GROUP_UNITS)
 
     def _make_group(self, number: int) -> _Group:
-        indices = [index for index in self.source.indices if self._number_of(index) == number]
-        return _Group.of(self.harvest, indices)
+        return _Group.of(self.harvest, self.source.indices[self._columns(number)])
 
     def _logits_of(self, index: int) -> NDArray[np.float32] | None:
-        return None if self._logits is None else self._logits[self.source.column(index)]
+        number = self._number_of(index)
+        logits = self._logits(number)
+        return None if logits is None else logits[self.source.column(index) - self._columns(number).start]
 
     def partner(self, index: int) -> int:
         """The unit whose explanation is the control: a neighbour, so that pairs serve each other, and one that
         fires at all."""
-        alive = set(self.harvest.indices[self.harvest.maxima > 0].tolist())
         group = self._group(self._number_of(index)).units
+        alive = {one for one in group if self.harvest.maxima[self.source.column(one)] > 0}
         others = sorted(set(group) - {index}, key=lambda one: (abs(one - index), one))
         if index ^ 1 in alive and index ^ 1 in group:
             return index ^ 1

@@ -124,7 +124,7 @@ class LatentSource(UnitSource):
     def written(self) -> Tensor | None:
         """Decoder rows, where the site written is the stream, or leads into it through one matrix."""
         site = self.autoencoder.config.site_out or self._read
-        rows = self.autoencoder.W_dec.detach()[list(self.indices)].float()
+        rows = self._kept(self.autoencoder.W_dec.detach())
         block: Any = self.model.blocks[self.layer if site.layer is None else site.layer]
         if site.path.startswith("resid.torso.") and rows.shape[-1] == self.model.config.d_model:
             straight = ("pre_attn", "delta_attn", "post_attn", "delta_mlp", "post_mlp")
@@ -139,9 +139,11 @@ class LatentSource(UnitSource):
         """Encoder columns, where the site holds the stream, as it is or behind a norm."""
         if self._read.head is not None:
             return None
-        return through_norm(
-            self.model, self.autoencoder.W_enc[:, list(self.indices)].T, self.site, self.layer
-        )
+        return through_norm(self.model, self._kept(self.autoencoder.W_enc.detach().T), self.site, self.layer)
+
+    def _kept(self, rows: Tensor) -> Tensor:
+        """Of rows, one a latent, those of the kept ones, float32; no copy where all are."""
+        return (rows if len(self.indices) == self.n_units else rows[list(self.indices)]).float()
 
     def _require_width(self) -> None:
         config = self.model.config
