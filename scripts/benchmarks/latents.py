@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 _SPLITS = 5  # Delphi's default
-_DOUBT = 1e-3  # of a standard deviation of pre-activations, far above the rounding of either forward
+_DOUBT = 2e-4  # of a standard deviation of pre-activations, far above the rounding of either forward
 
 
 def layer_of(case: Case) -> int:

@@ -2,7 +2,8 @@
 
 Peers do what they offer on the same rows of ids: SAELens' activation store (its activation runner without the
 write) keeps one site's activations and finds nothing in them; Delphi's cache step keeps every activation of the
-latents that is not zero. Its files are also written by us, and hold the same before anything is timed.
+latents that is not zero. Its files are also written by us, and hold the same before anything is timed. At the
+middle layer our forward stops there; Delphi runs the model to its end.
 """
 
 from __future__ import annotations
