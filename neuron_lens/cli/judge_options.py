@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from neuron_lens.explain.explainers import Explainer
     from neuron_lens.explain.pipeline import Pipeline
     from neuron_lens.explain.result import RunResult
+    from neuron_lens.explain.scorers import BaseScorer
     from neuron_lens.llm import Backend, Budget, BudgetExceeded, Price
     from neuron_lens.records import Unit
 
@@ -57,8 +58,13 @@ def add_judge_options(parser: argparse.ArgumentParser, *, explains: bool) -> Non
         )  # fmt: skip
     group.add_argument(
         "--scorers", default="", metavar="A,B,…",
-        help="detection, fuzzing, intruder, simulation, attention_pairs, causal, surprisal; the first one chooses "
-        "among candidates",
+        help="detection, fuzzing, intruder, simulation, attention_pairs, causal, surprisal, embedding; the first one "
+        "chooses among candidates",
+    )  # fmt: skip
+    group.add_argument(
+        "--embedder", metavar="WHO",
+        help="of the scorer embedding: local:FOLDER (a sentence-transformers model), openai:MODEL or openai:MODEL@URL (an "
+        "embeddings endpoint)",
     )  # fmt: skip
     group.add_argument("--judge", metavar="WHO", help=_WHO)
     _add_limits(group)
@@ -87,10 +93,35 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
 def judge_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Options of a Pipeline."""
     scorers = [name.strip() for name in arguments.scorers.split(",") if name.strip()]
-    options: dict[str, Any] = {"scorers": scorers, "backend": backend_of(arguments)}
+    options: dict[str, Any] = {
+        "scorers": _with_embedder(scorers, arguments),
+        "backend": backend_of(arguments),
+    }
     if hasattr(arguments, "explainer"):
         options["explainer"] = _explainer(arguments.explainer, arguments.candidates)
     return options
+
+
+def _with_embedder(names: list[str], arguments: argparse.Namespace) -> list[str | BaseScorer]:
+    """The scorers, "embedding" with the embedder that was named."""
+    from neuron_lens.explain.scorers import Embedding, EmbeddingEndpoint, embedder_named
+
+    if (arguments.embedder is None) == (Embedding.name in names):
+        raise RequestError(
+            "the scorer embedding needs an embedder: --embedder local:FOLDER or openai:MODEL@URL"
+            if arguments.embedder is None
+            else "--embedder goes with the scorer embedding: --scorers embedding"
+        )
+    if arguments.embedder is None:
+        return [*names]
+    embedder = embedder_named(arguments.embedder)
+    limited = arguments.budget is not None or arguments.max_calls is not None
+    if limited and isinstance(embedder, EmbeddingEndpoint):
+        raise RequestError(
+            "--budget and --max-calls count what a judge is asked, not what an embeddings endpoint is: leave them out, or "
+            "give a local embedder"
+        )
+    return [Embedding(embedder=embedder) if name == Embedding.name else name for name in names]
 
 
 def asked(pipeline: Pipeline, units: Sequence[Unit], arguments: argparse.Namespace) -> RunResult | int:

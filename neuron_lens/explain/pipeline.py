@@ -158,7 +158,9 @@ class Pipeline(NamesUnits):
         self._prepare(units, self._method, self._scorers)
         summaries, rehearsal = self._run_folder.finished(self.model_facts, self._run_facts), Rehearsal()
         for block in self._blocks(units):
-            judging = replace(self._judging(block), rehearsal=rehearsal, progress=False)
+            judging = self._judging(block)
+            scorers = tuple(scorer.rehearsed() for scorer in judging.scorers)
+            judging = replace(judging, scorers=scorers, rehearsal=rehearsal, progress=False)
             done = [self._run_folder.read(unit) if unit.name in summaries else None for unit in block]
             new = [unit for unit, result in zip(block, done, strict=True) if result is None]
             known = [result for result in done if result and self._unscored(result.summary())]

@@ -267,3 +267,35 @@ def test_verify_tells_what_reproduces_from_what_was_changed(
     save_file(tensors, path)
     assert main(["verify", str(out)]) == 1
     assert "DO NOT REPRODUCE" in capsys.readouterr().out
+
+
+def embedded(body: dict[str, Any], attempt: int) -> Reply:
+    """Whether each text holds the word self."""
+    data = [
+        {"object": "embedding", "index": place, "embedding": [float("self" in text), 0.5]}
+        for place, text in enumerate(body["input"])
+    ]
+    return Reply({"object": "list", "model": "words", "data": data})
+
+
+def test_an_embedder_by_command_scores_without_a_judge_and_is_not_asked_in_a_rehearsal(
+    texts: Path, harvested: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = copied(harvested, tmp_path / "run")
+    with JudgeServer(embedded) as server:
+        options = [
+            "explain", "planted", "--neurons", "0:1", "--corpus", str(texts), "--out", str(out), "--quiet",
+            "--no-pages", "--scorers", "embedding", "--embedder", f"openai:words@{server.url}",
+        ]  # fmt: skip
+        assert main([*options, "--dry-run"]) == 0 and server.calls == 0
+        assert main(options) == 0 and server.calls > 0
+        (found,) = [UnitResult.read(path) for path in out.glob("units/*/result.json")]
+        assert found.judged[0].scorer == "embedding" and found.judged[0].method == "endpoint words"
+        assert (found.judged[0].score.value or 0.0) > 0.95
+        made = server.calls
+        assert main([*options, "--max-calls", "3"]) == 2 and server.calls == made
+    capsys.readouterr()
+    assert main([*options[:-2]]) == 2
+    assert "needs an embedder" in capsys.readouterr().err
+    assert main([*options[:-3], "detection", *options[-2:]]) == 2
+    assert "--embedder goes with" in capsys.readouterr().err

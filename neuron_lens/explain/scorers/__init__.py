@@ -26,7 +26,14 @@ from neuron_lens.explain.scorers.base import (
 from neuron_lens.explain.scorers.causal import Causal, Effect, Effects
 from neuron_lens.explain.scorers.causal_likelihood import CausalLikelihood, Continuation, Continuations
 from neuron_lens.explain.scorers.detection import Detection
-from neuron_lens.explain.scorers.embedding import BagOfWords, Embedder, Embedding, SentenceTransformer
+from neuron_lens.explain.scorers.embedders import (
+    BagOfWords,
+    Embedder,
+    EmbeddingEndpoint,
+    SentenceTransformer,
+    embedder_named,
+)
+from neuron_lens.explain.scorers.embedding import Embedding
 from neuron_lens.explain.scorers.fuzzing import Fuzzing
 from neuron_lens.explain.scorers.intruder import Intruder
 from neuron_lens.explain.scorers.simulation import Simulation
@@ -47,6 +54,7 @@ __all__ = [
     "Effects",
     "Embedder",
     "Embedding",
+    "EmbeddingEndpoint",
     "Fuzzing",
     "Intruder",
     "QuantileScore",
@@ -56,6 +64,7 @@ __all__ = [
     "SentenceTransformer",
     "Simulation",
     "Surprisal",
+    "embedder_named",
     "scorer_named",
 ]
 

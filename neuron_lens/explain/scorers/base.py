@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 
@@ -163,6 +163,10 @@ class BaseScorer(ABC):
         """See `Scorer.score`."""
         plan = self.plan(evidence, explanation, backend, seed=seed, others=others)
         return carry_out(backend, [plan])[0]
+
+    def rehearsed(self) -> Self:
+        """The scorer as an estimate takes it: what it asks of others than the judge is not asked."""
+        return self
 
     def check(self, evidence: Evidence, backend: Backend | None) -> None:
         """Refuse what cannot be done: raise BackendError or RequestError."""

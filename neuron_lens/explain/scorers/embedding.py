@@ -5,41 +5,26 @@ Cheap and without a judge, and only as good as the embedder: it is always named,
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from neuron_lens.errors import MissingExtraError, RequestError
+from neuron_lens.errors import RequestError
 from neuron_lens.explain.evidence import Evidence
 from neuron_lens.explain.plan import Plan
 from neuron_lens.explain.rendering import text_of
+from neuron_lens.explain.scorers.embedders import BagOfWords, Embedder, Unasked
 from neuron_lens.explain.scorers.examples import draw_examples
 from neuron_lens.explain.scorers.outcome import Outcome, judgements_of
 from neuron_lens.explain.scorers.ranking import RankingScorer
 from neuron_lens.llm import Backend
 
-__all__ = ["BagOfWords", "Embedder", "Embedding", "SentenceTransformer"]
+__all__ = ["Embedding"]
 
 _QUERY = "Instruct: Retrieve sentences that contain something which fits the description.\nQuery: "
-
-
-@runtime_checkable
-class Embedder(Protocol):
-    """Texts to vectors. `name` says which embedder, for results; `instructed` whether queries get an instruction."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def instructed(self) -> bool: ...
-
-    def __call__(self, texts: Sequence[str]) -> NDArray[np.floating[Any]]:
-        """`[text, dimension]`; a row that is not finite counts as missing."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +60,10 @@ class Embedding(RankingScorer):
             return self.embedder
         return BagOfWords()
 
+    def rehearsed(self) -> Self:
+        """With an embedder that is not asked."""
+        return replace(self, embedder=Unasked(self.used.name))
+
     def check(self, evidence: Evidence, backend: Backend | None) -> None:
         """Nothing is asked of a backend."""
 
@@ -105,46 +94,6 @@ class Embedding(RankingScorer):
             return judgements_of(examples, [_cosine(rows[0], row) for row in rows[1:]])
 
         return Plan((), read)
-
-
-class BagOfWords:
-    """Hashed counts of the words and three-letter pieces of a text. It knows spelling, not meaning."""
-
-    name: ClassVar[str] = "bag_of_words"
-    instructed: ClassVar[bool] = False
-
-    def __call__(self, texts: Sequence[str]) -> NDArray[np.floating[Any]]:
-        """`[text, 512]`."""
-        rows = np.zeros((len(texts), 512))
-        for row, text in zip(rows, texts, strict=True):
-            for word in re.findall(r"\w+", text.lower()):
-                for piece in {word, *(word[at : at + 3] for at in range(len(word) - 2))}:
-                    digest = hashlib.blake2b(piece.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-                    row[int.from_bytes(digest) % 512] += 1 if digest[0] % 2 else -1
-        return rows
-
-
-class SentenceTransformer:
-    """A local model of the `sentence_transformers` package, loaded when it is first used.
-
-    Raises MissingExtraError when the package is not installed.
-    """
-
-    def __init__(self, model: str, *, instructed: bool = False, device: str | None = None) -> None:
-        self.name = f"sentence_transformers {model}"
-        self.instructed = instructed
-        self._model, self._device = model, device
-        self._loaded: Any = None
-
-    def __call__(self, texts: Sequence[str]) -> NDArray[np.floating[Any]]:
-        """`[text, dimension]`."""
-        if self._loaded is None:
-            try:
-                import sentence_transformers
-            except ImportError:
-                raise MissingExtraError("sentence_transformers", "embed", "the local embedder") from None
-            self._loaded = sentence_transformers.SentenceTransformer(self._model, device=self._device)
-        return np.asarray(self._loaded.encode(list(texts), show_progress_bar=False))
 
 
 def _cosine(a: NDArray[np.floating[Any]], b: NDArray[np.floating[Any]]) -> float | None:
