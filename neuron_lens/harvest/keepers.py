@@ -180,11 +180,12 @@ class TopWindows:
         return held if self.partners is None else {**held, "partners": self.partners}
 
     def load(self, state: State) -> None:
-        """Take a state back."""
-        device = self.score.device
-        self.score, self.place = state["score"].to(device), state["place"].to(device)
-        self.activations = state["activations"].to(device)
-        self.partners = state["partners"].to(device) if "partners" in state else None
+        """Take a state back: a copy, since it may lie in a file as a whole."""
+        self.score.copy_(state["score"])
+        self.place.copy_(state["place"])
+        self.activations.copy_(state["activations"])
+        if self.partners is not None:
+            self.partners.copy_(state["partners"])
 
 
 class UniformSample:
@@ -265,14 +266,11 @@ class UniformSample:
         return held if self.partners is None else {**held, "partners": self.partners}
 
     def load(self, state: State) -> None:
-        """Take a state back."""
-        self.place, self.priority = state["place"], state["priority"]
-        if isinstance(self.activations, Tensor):
-            self.activations = state["activations"].to(self.activations.device)
-        else:
-            self.activations[torch.arange(self.count)] = state["activations"]
+        """Take a state back: a copy, since it may lie in a file as a whole."""
+        self.place, self.priority = state["place"].clone(), state["priority"].clone()
+        self.activations[torch.arange(self.count)] = state["activations"]
         if self.partners is not None:
-            self.partners = state["partners"].to(self.partners.device)
+            self.partners.copy_(state["partners"])
 
 
 def entering_slots(place: Tensor, priority: Tensor, coming: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ A wide source is taken in a range of units at a time, so that no batch of it is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +160,8 @@ class SourceKeepers:
             for key, value in keepers.state().items()
         }
 
-    def load(self, state: State) -> None:
-        """Take a state back."""
+    def load(self, state: Callable[[str], State]) -> None:
+        """Take a state back, a range of units at a time: `state` gives the part of it whose names begin so, without
+        that."""
         for place, keepers in enumerate(self.ranges):
-            start = f"{place}."
-            keepers.load(
-                {key.removeprefix(start): held for key, held in state.items() if key.startswith(start)}
-            )
+            keepers.load(state(f"{place}."))

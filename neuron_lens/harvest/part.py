@@ -62,13 +62,15 @@ class HarvestPart:
             ) from None
         return part if manifest.get("version") == PART_VERSION else None
 
-    def state(self) -> State:
-        """The keepers' state. Raises RequestError when the file is damaged."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+    def state(self, start: str = "") -> State:
+        """The keepers' state, or the part of it whose names begin so, without that. Raises RequestError when the file is
+        damaged."""
+        from safetensors import SafetensorError, safe_open
 
         try:
-            return load_file(self.folder / self.tensors)
+            with safe_open(self.folder / self.tensors, framework="pt") as file:
+                names = [name for name in file.keys() if name.startswith(start)]  # noqa: SIM118
+                return {name.removeprefix(start): file.get_tensor(name) for name in names}
         except (OSError, SafetensorError) as error:
             raise RequestError(
                 f"{self.folder / self.tensors} cannot be read ({error}); delete {self.folder} and run again"

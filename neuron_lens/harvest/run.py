@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from neuron_lens.harvest.batches import row_batches
 from neuron_lens.harvest.corpus import Corpus, Row
 from neuron_lens.harvest.cutter import Cutter
 from neuron_lens.harvest.finish import write_kept
+from neuron_lens.harvest.keepers import State
 from neuron_lens.harvest.kept import SourceKeepers
 from neuron_lens.harvest.part import HarvestPart, Progress
 from neuron_lens.harvest.second_pass import read_again
@@ -281,11 +283,13 @@ def _loaded(
     device = model.embed.weight.device
     keepers = [SourceKeepers(source, settings, device, scratch) for source in sources]
     if part is not None:
-        state = part.state()
         for place, kept in enumerate(keepers):
-            start = f"{place}/"
-            kept.load({key.removeprefix(start): held for key, held in state.items() if key.startswith(start)})
+            kept.load(partial(_state, part, place))
     return keepers
+
+
+def _state(part: HarvestPart, place: int, start: str) -> State:
+    return part.state(f"{place}/{start}")
 
 
 def _save(

@@ -67,7 +67,7 @@ class SparseSample:
 
     def load(self, state: State) -> None:
         """Take a state back."""
-        self.place, self.priority = state["place"], state["priority"]
+        self.place, self.priority = state["place"].clone(), state["priority"].clone()
         sizes = state["sizes"].tolist()
         # Copies: a view would keep the whole column alive for one window.
         columns = [

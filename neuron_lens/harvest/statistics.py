@@ -130,4 +130,4 @@ class LogHistogram:
 
     def load(self, state: State) -> None:
         """Take a state back."""
-        self.counts = state["counts"].to(self.counts.device)
+        self.counts.copy_(state["counts"])
