@@ -45,7 +45,7 @@ class UnfinishedHarvest:
 
     def write_near(self) -> None:
         """Put the near misses on disk."""
-        LayerHarvest.write_near(self.folder, self.reading.near.tensors())
+        LayerHarvest.write_near(self.folder, self.reading.near.tensors(ScratchFile(self.folder)))
 
     def complete(self, key: dict[str, Any]) -> LayerHarvest:
         """Write the manifest: now it is a harvest."""
@@ -89,7 +89,7 @@ def write_kept(
     near = NearMisses(likeness, places, bounds, settings.near, settings.shape.length, source.has_partners)
     near.take_sample(sampled, random_places, settings.seed)
     budget = int(settings.reread * n_tokens)
-    wanted = wanted_places(likeness, tensors, windows, places, settings.near, budget)
+    wanted = wanted_places(near, tensors, windows, places, settings.near, budget)
     facts = {
         "n_tokens": n_tokens,
         "n_documents": corpus.n_documents,

@@ -18,9 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from neuron_lens.files.mapped import release_pages
 from neuron_lens.harvest.cutter import Cutter, priority_of
 from neuron_lens.harvest.keepers import State, TopWindows, WindowBatch, uniform_of
 from neuron_lens.harvest.neighbours import FIRING_SHARE, Sampled
+from neuron_lens.harvest.scratch import ScratchFile
 from neuron_lens.harvest.sources import Caught
 from neuron_lens.windows import SPLITS
 
@@ -65,6 +67,7 @@ class Likeness:
         if len(listed):
             in_train = tensors["top.activations"][:, listed[0]].max(-1).astype(np.float32)
             highest = np.where(tensors["top.row"][:, listed[0]] >= 0, in_train, highest)
+            release_pages(tensors["top.activations"])
         return cls(
             nearest=torch.from_numpy(nearest).long(),
             weight=torch.from_numpy(weight).float().clamp(min=0),
@@ -115,7 +118,11 @@ class NearMisses:
         length: int,
         has_partners: bool,
     ) -> None:
-        self._likeness, self._places, self._bounds = likeness, places, bounds
+        self.likeness, self._places, self._bounds = likeness, places, bounds
+        n_units = len(likeness.scale)
+        # Of the sample's windows with a reason to fire, by reason and unit: how many there are, and silent ones.
+        self._met = torch.zeros(len(NEAR_REASONS), n_units)
+        self._found = torch.zeros(len(NEAR_REASONS), n_units)
         self._best = [  # of each range, reason and part
             [
                 [
@@ -140,7 +147,9 @@ class NearMisses:
 
             largest = torch.from_numpy(sampled.largest[here].astype(np.float32))
             tokens = torch.from_numpy(np.where(sampled.present[here], sampled.tokens[here], -1))
-            self._update(batch, largest, tokens, torch.from_numpy(sampled.split[here]))
+            self._update(batch, largest, tokens, torch.from_numpy(sampled.split[here]), counted=True)
+            for tensor in sampled.tensors.values():
+                release_pages(tensor)
 
     def take(self, caught: Caught, cutter: Cutter, tokens: Tensor) -> None:
         """Take in windows that the model read again, and their `tokens` `[window, length]` (-1: none). None of them may
@@ -160,11 +169,20 @@ class NearMisses:
         self._update(batch, torch.cat(largest, 1), tokens, cutter.split)
 
     def _update(
-        self, batch_of: Callable[[int, int], WindowBatch], largest: Tensor, tokens: Tensor, split: Tensor
+        self,
+        batch_of: Callable[[int, int], WindowBatch],
+        largest: Tensor,
+        tokens: Tensor,
+        split: Tensor,
+        counted: bool = False,
     ) -> None:
         """Take in windows; `batch_of` gives a range of units, `largest` `[window, unit]` is everybody's there."""
-        silent = self._likeness.silent(largest)
-        strengths = self._likeness.similar(largest), self._likeness.same_token(tokens)
+        silent = self.likeness.silent(largest)
+        strengths = self.likeness.similar(largest), self.likeness.same_token(tokens)
+        if counted:
+            for reason, strength in enumerate(strengths):
+                self._met[reason] += (strength > 0).sum(0)
+                self._found[reason] += ((strength > 0) & silent).sum(0)
         inside = [split == code for code in range(len(SPLITS))]
         for (first, last), best in zip(self._bounds, self._best, strict=True):
             batch = batch_of(first, last)
@@ -176,35 +194,54 @@ class NearMisses:
                 for part, keeper in zip(inside, best[reason], strict=True):
                     keeper.update(batch, torch.where(found & part[:, None], own, -torch.inf))
 
-    def tensors(self) -> Arrays:
+    def worst(self, reason: str) -> NDArray[np.float32]:
+        """The score of the last that is kept of each unit, -inf while there is room (inf: none is
+        wanted): `[part, unit]`."""
+        place = NEAR_REASONS.index(reason)
+        parts = [[keeper.score for keeper in best[place]] for best in self._best]
+        joined = [torch.cat(of_part, 1) for of_part in zip(*parts, strict=True)]
+        return torch.stack(
+            [score.amin(0) if len(score) else score.new_full(score.shape[1:], torch.inf) for score in joined]
+        ).numpy()
+
+    def chance(self, reason: str) -> NDArray[np.float32]:
+        """The chance that a unit is silent where there is this reason to fire, from the sample (Laplace): `[unit]`."""
+        place = NEAR_REASONS.index(reason)
+        return ((self._found[place] + 1) / (self._met[place] + 2)).numpy()
+
+    def tensors(self, scratch: ScratchFile) -> Arrays:
         """`near.row` (of kept windows, -1: none), `near.activations` and, of units that have them, `near.partners`
         `[unit, slot, ...]`, best first; `near.split` and `near.reason` (of NEAR_REASONS) `[slot]`. A window that is
-        found for both reasons is listed as similar."""
-        columns: dict[str, list[NDArray[Any]]] = {"row": [], "activations": [], "partners": []}
-        for best in self._best:
-            listed = [[keeper.sorted() for keeper in of_reason] for of_reason in best]
-            flat = [keeper for of_reason in listed for keeper in of_reason]
-            place = torch.cat([keeper.place for keeper in flat]).T.numpy()
-            row = np.where(place >= 0, np.searchsorted(self._places, place), -1)
-            n_similar = sum(keeper.count for keeper in listed[0])
-            again = (row[:, n_similar:, None] == row[:, None, :n_similar]).any(-1)
-            row[:, n_similar:][again] = -1
-            columns["row"].append(row.astype(np.int32))
-            for name in ("activations", "partners"):
-                held = [getattr(keeper, name) for keeper in flat]
-                if held[0] is not None:
-                    columns[name].append(torch.cat(held).transpose(0, 1).contiguous().numpy())
+        found for both reasons is listed as similar. Nothing is held here any more then."""
         sizes = [
             (code, reason, keeper.count)
             for reason, of_reason in enumerate(self._best[0])
             for code, keeper in enumerate(of_reason)
         ]
-        joined = {f"near.{name}": np.concatenate(parts) for name, parts in columns.items() if parts}
-        for name, place_of in (("split", 0), ("reason", 1)):
-            joined[f"near.{name}"] = np.repeat(
-                [size[place_of] for size in sizes], [size[2] for size in sizes]
-            ).astype(np.int32)
-        return joined
+        counts = [count for _, _, count in sizes]
+        some = self._best[0][0][0]
+        shape = self._bounds[-1][1], sum(counts), some.activations.shape[-1]
+        tensors: Arrays = {
+            "near.row": np.empty(shape[:2], dtype=np.int32),
+            "near.activations": scratch.array(shape, np.float16),
+            "near.split": np.repeat([code for code, _, _ in sizes], counts).astype(np.int32),
+            "near.reason": np.repeat([reason for _, reason, _ in sizes], counts).astype(np.int32),
+        }
+        if some.partners is not None:
+            tensors["near.partners"] = scratch.array(shape, np.int16)
+        n_similar = sum(count for _, reason, count in sizes if reason == 0)
+        for first, last in self._bounds:
+            flat = [keeper.sorted() for of_reason in self._best.pop(0) for keeper in of_reason]
+            place = torch.cat([keeper.place for keeper in flat]).T.numpy()
+            row = np.where(place >= 0, np.searchsorted(self._places, place), -1)
+            again = (row[:, n_similar:, None] == row[:, None, :n_similar]).any(-1)
+            row[:, n_similar:][again] = -1
+            tensors["near.row"][first:last] = row
+            for name in tensors.keys() & {"near.activations", "near.partners"}:
+                held = [getattr(keeper, name.removeprefix("near.")) for keeper in flat]
+                tensors[name][first:last] = torch.cat(held).transpose(0, 1).numpy()
+                release_pages(tensors[name])
+        return tensors
 
     def state(self) -> State:
         """The windows held, by name."""

@@ -67,6 +67,17 @@ def test_every_list_of_a_part_is_watched(one: str, other: str) -> None:
         evidence(validation=Part(strata=strata_of(same, 0.5)), test=Part(**{other: same}))
 
 
+@given(st.lists(st.floats(0, 2, width=16), min_size=1, max_size=4), st.sampled_from(PARTS))
+def test_a_window_the_unit_fires_in_is_no_near_miss(activations: list[float], part: str) -> None:
+    near = Part(near_misses=(window(0, 0, tuple(activations)),))
+    threshold = evidence().firing_threshold
+    if max(activations) > threshold:
+        with pytest.raises(RequestError, match="is no near miss"):
+            evidence(**{part: near})
+    else:
+        assert evidence(**{part: near}).part(part).near_misses == near.near_misses  # type: ignore[arg-type]
+
+
 def test_one_window_cannot_have_two_activations() -> None:
     twice = Part(top=(window(0, 0, (1.0,)),), random=(window(0, 0, (0.0,)),))
     with pytest.raises(RequestError, match="differently"):

@@ -27,8 +27,12 @@ from neuron_lens.transformer import Transformer
 
 SETTINGS = HarvestSettings(
     shape=WindowShape(length=16, row_length=64, context=16),
-    random=(12, 6, 6), top=(4, 3, 3), fired=(4, 2, 2), near=(2, 2, 2), neighbours=2, batch_rows=2, shard_tokens=300,
+    random=(12, 6, 6), top=(4, 3, 3), fired=(4, 2, 2), near=(2, 2, 2), reread=0.5, neighbours=2, batch_rows=2,
+    shard_tokens=300,
 )  # fmt: skip
+
+
+FIRST_PASS, FORWARDS = 18, 29
 
 
 def sources(model: Transformer) -> list[UnitSource]:
@@ -55,7 +59,11 @@ def model() -> Transformer:
 @pytest.fixture(scope="module")
 def whole(model: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    harvest(model, corpus(), sources(model), folder, SETTINGS, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        counting = _Counting(patch)
+        harvest(model, corpus(), sources(model), folder, SETTINGS, progress=False)
+    # 36 rows in batches of 2, then those that are read again
+    assert FIRST_PASS + 8 <= counting.n == FORWARDS
     return folder
 
 
@@ -79,7 +87,7 @@ class _Counting:
         monkeypatch.setattr(Transformer, "forward", counted)
 
 
-@pytest.mark.parametrize("at", [0, 1, 4, 9, 14])
+@pytest.mark.parametrize("at", [0, 1, 4, 9, 14, FIRST_PASS, FIRST_PASS + 1, FIRST_PASS + 5, FORWARDS - 1])
 def test_an_interrupted_pass_repeats_at_most_a_shard_and_ends_the_same(
     model: Transformer, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
@@ -90,8 +98,8 @@ def test_an_interrupted_pass_repeats_at_most_a_shard_and_ends_the_same(
     counting = _Counting(monkeypatch)
     harvest(model, corpus(), sources(model), tmp_path, SETTINGS, progress=False)
     assert _files(tmp_path) == _files(whole)
-    # 36 rows in batches of 2; the 300 tokens of a shard are at most 4 of them
-    assert counting.n <= 18 - at + 4
+    # The 300 tokens of a shard are at most 4 batches, and of rows that are read again, which can be short, at most 6.
+    assert counting.n <= FORWARDS - at + 4 + (6 if at > FIRST_PASS else 0)
     again = _Counting(monkeypatch)
     harvest(model, corpus(), sources(model), tmp_path, SETTINGS, progress=False)
     assert again.n == 0
@@ -106,12 +114,16 @@ harvest(model, corpus(), sources(model), {folder!r}, SETTINGS, progress=False)
 """
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.03])
-def test_a_killed_pass_goes_on(model: Transformer, whole: Path, tmp_path: Path, delay: float) -> None:
+@pytest.mark.parametrize(
+    ("part", "delay"), [("parts/*/part-*", 0.0), ("parts/*/part-*", 0.03), ("parts/*/near/part-*", 0.0)]
+)
+def test_a_killed_pass_goes_on(
+    model: Transformer, whole: Path, tmp_path: Path, part: str, delay: float
+) -> None:
     code = _CHILD.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path))
     child = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
-    while not list(tmp_path.rglob("part-*")) and child.poll() is None and time.monotonic() < deadline:
+    while not list(tmp_path.glob(part)) and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     time.sleep(delay)
     child.send_signal(signal.SIGKILL)
