@@ -58,8 +58,8 @@ def add_judge_options(parser: argparse.ArgumentParser, *, explains: bool) -> Non
         )  # fmt: skip
     group.add_argument(
         "--scorers", default="", metavar="A,B,…",
-        help="detection, fuzzing, intruder, simulation, attention_pairs, causal, surprisal, embedding; the first one "
-        "chooses among candidates",
+        help="detection, fuzzing, intruder, simulation, ablate_to_simulation, attention_pairs, causal, surprisal, "
+        "embedding; the first one chooses among candidates",
     )  # fmt: skip
     group.add_argument(
         "--embedder", metavar="WHO",

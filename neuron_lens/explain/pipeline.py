@@ -37,7 +37,7 @@ from neuron_lens.explain.result import (
     UnitSummary,
 )
 from neuron_lens.explain.run_folder import CorpusFacts, Manifest, Method, RunFolder, SourceFacts
-from neuron_lens.explain.scorers import BaseScorer, Causal, scorer_named
+from neuron_lens.explain.scorers import BaseScorer, scorer_named
 from neuron_lens.explain.source_work import SourceWork
 from neuron_lens.explain.unit_sources import NamesUnits, blocks, source_of, sources_of
 from neuron_lens.llm import Backend, CachedBackend, Estimate, Price, estimate
@@ -214,7 +214,7 @@ class Pipeline(NamesUnits):
         asking = [] if self._explainer is None else [f"the explainer {self._explainer.name!r}"]
         asking += [f"the scorer {scorer.name!r}" for scorer in self._scorers if scorer.needs]
         if self.backend is None and asking:
-            raise RequestError(f"{asking[0]} asks a judge: give it a backend (see neuron_lens.llm)")
+            raise RequestError(f"{asking[0]} asks a judge: give it a backend (by command: --judge; see neuron_lens.llm)")
         names = [scorer.name for scorer in self._scorers]
         if len(set(names)) < len(names):
             raise RequestError(f"each scorer is named once; got {', '.join(names)}")
@@ -281,10 +281,7 @@ class Pipeline(NamesUnits):
     def _judging(self, block: Sequence[Unit]) -> Judging:
         work = self._work[self._sources[block[0]].name]
         seed = self._settings.seed
-        scorers = tuple(
-            work.causal_scorer(scorer, seed) if isinstance(scorer, Causal) else scorer
-            for scorer in self._scorers
-        )
+        scorers = tuple(work.equipped(scorer, seed) for scorer in self._scorers)
         return Judging(self._explainer, scorers, self._judge, seed, self.progress)
 
     def _explanations(self, units: Sequence[Unit], judging: Judging) -> list[Explanation | str]:

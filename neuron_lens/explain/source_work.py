@@ -21,7 +21,15 @@ from neuron_lens.explain.result import (
     TokenValue,
     UnitResult,
 )
-from neuron_lens.explain.scorers import Causal, Continuations, Effects
+from neuron_lens.explain.scorers import (
+    AblateToSimulation,
+    BaseScorer,
+    Causal,
+    Continuations,
+    Effects,
+    Remembered,
+    SimulatedDivergences,
+)
 from neuron_lens.explain.scores import mean_score
 from neuron_lens.explain.unit import ExplainedUnit, UnitWindows, explain_windows
 
@@ -195,6 +203,10 @@ class SourceWork:
         """Of any unit, likewise."""
         return lru_cache(maxsize=64)(self._unit_effects.continuations)
 
+    @cached_property
+    def _divergences(self) -> SimulatedDivergences:
+        return Remembered(self._unit_effects.simulated)
+
     def evidence(self, index: int) -> Evidence:
         """What explainers and scorers that ask a judge see of a unit."""
         promoted, suppressed = self.output_tokens(index)
@@ -247,8 +259,13 @@ class SourceWork:
             )
         )
 
-    def causal_scorer(self, scorer: Causal, seed: int) -> Causal:
-        """The scorer with this source's effects, and other units that fire to compare with, where it has none."""
+    def equipped(self, scorer: BaseScorer, seed: int) -> BaseScorer:
+        """The scorer with what it takes of this source and its model, where it takes something and has none: effects,
+        other units that fire to compare with, divergences."""
+        if isinstance(scorer, AblateToSimulation):
+            return replace(scorer, divergences=scorer.divergences or self._divergences)
+        if not isinstance(scorer, Causal):
+            return scorer
         alive = self.harvest.indices[self.harvest.maxima > 0]
         drawn = np.random.default_rng([seed, 9]).permutation(alive)[:_RANDOM_UNITS]
         return replace(

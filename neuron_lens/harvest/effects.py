@@ -42,7 +42,7 @@ class _Places:
 
     @property
     def rows(self) -> list[int]:
-        """Rows of the source's windows."""
+        """Rows of the windows of `held`: those of a group of units, not of the whole source."""
         return [int(self.held.rows[index]) for index in self.order]
 
     @property
@@ -115,7 +115,7 @@ class UnitEffects:
         if not places.order:
             return []
         _, found = self._search(explained, places)
-        inputs, begins = window_inputs(self._windows, places.rows)
+        inputs, begins = window_inputs(places.held.windows, places.rows)
         prompts = [
             ids[: begin + place + 1] for ids, begin, place in zip(inputs, begins, places.at, strict=True)
         ]
@@ -214,7 +214,7 @@ class UnitEffects:
         and (`longer`) one before them."""
         order, at = [], []
         for index in candidates:
-            ids = self._windows.columns["token"][held.rows[index], self._windows.context :]
+            ids = held.windows.columns["token"][held.rows[index], held.windows.context :]
             there = np.flatnonzero((ids[:-1] != ABSENT) & (ids[1:] != ABSENT))
             there = there[there > 0] if longer else there
             if len(there):
@@ -226,7 +226,7 @@ class UnitEffects:
 
     def _run(self, places: _Places) -> WindowRun:
         source = self._source
-        return WindowRun(source.model, source.layer, self._windows, places.rows, places.at[:, None])
+        return WindowRun(source.model, source.layer, places.held.windows, places.rows, places.at[:, None])
 
     def _search(self, explained: ExplainedUnit, places: _Places) -> tuple[WindowRun, Steered]:
         run = self._run(places)

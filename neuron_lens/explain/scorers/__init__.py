@@ -4,6 +4,8 @@ detection         does it fire anywhere in this text?                          a
 fuzzing           are these the tokens it fires at?                            any chat judge
 intruder          in which of these texts does it not fire?                    any chat judge
 simulation        how strongly does it fire at each token?                     any chat judge, or prompt_logprobs
+ablate_to_simulation
+                  does the model do the same with the simulation in its place? as simulation, and the model itself
 attention_pairs   does the head act from this token on that one?               any chat judge; heads
 causal            are these its effects on the prediction?                     any chat judge or prompt_logprobs, and
                                                                                the model itself
@@ -14,6 +16,7 @@ embedding         is the text nearer to the explanation?                       a
 from __future__ import annotations
 
 from neuron_lens.errors import RequestError, did_you_mean
+from neuron_lens.explain.scorers.ablation import AblateToSimulation, Remembered, SimulatedDivergences
 from neuron_lens.explain.scorers.attention_pairs import AttentionPairsScorer
 from neuron_lens.explain.scorers.base import (
     NULL_EXPLANATION,
@@ -42,6 +45,7 @@ from neuron_lens.explain.scorers.surprisal import Surprisal
 __all__ = [
     "NULL_EXPLANATION",
     "SCORERS",
+    "AblateToSimulation",
     "AttentionPairsScorer",
     "BagOfWords",
     "BaseScorer",
@@ -58,10 +62,12 @@ __all__ = [
     "Fuzzing",
     "Intruder",
     "QuantileScore",
+    "Remembered",
     "Scorer",
     "ScorerControl",
     "ScorerResult",
     "SentenceTransformer",
+    "SimulatedDivergences",
     "Simulation",
     "Surprisal",
     "embedder_named",
@@ -75,6 +81,7 @@ SCORERS: dict[str, type[BaseScorer]] = {
         Fuzzing,
         Intruder,
         Simulation,
+        AblateToSimulation,
         AttentionPairsScorer,
         Causal,
         Surprisal,

@@ -30,16 +30,17 @@ from neuron_lens.explain.scores import MINIMUM_COVERAGE, auc, correlation, from_
 from neuron_lens.explain.simulators import Simulated, Simulator, simulator_for
 from neuron_lens.llm import Backend, require
 
-__all__ = ["Simulation"]
+__all__ = ["SimulatedWindows", "Simulation"]
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
-class _Simulated(Outcome):
-    """Predicted levels, and how they become activations."""
+class SimulatedWindows(Outcome):
+    """Predicted levels, how they become activations, and which windows these are (document, first token) `[window, 2]`."""
 
     calibration: Calibration
+    windows: NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ class Simulation(BaseScorer):
 
     def notes(self, outcome: Outcome, evidence: Evidence) -> tuple[str, ...]:
         """A calibration that was refused, or is none."""
-        assert isinstance(outcome, _Simulated)
+        assert isinstance(outcome, SimulatedWindows)
         if self.calibration == "none":
             return (
                 "levels from 0 to 10 were compared with raw activations: only the correlation and auc mean anything",
@@ -152,7 +153,7 @@ class Simulation(BaseScorer):
 
     def figures(self, outcome: Outcome, evidence: Evidence, seed: int) -> dict[str, Score]:
         """See the class."""
-        assert isinstance(outcome, _Simulated), "made by ask"
+        assert isinstance(outcome, SimulatedWindows), "made by ask"
         there = outcome.mask
         true = np.where(there, outcome.true, 0.0)
         applied = outcome.calibration.apply(outcome.predicted)
@@ -205,7 +206,7 @@ class Simulation(BaseScorer):
 
 def _outcome(
     examples: Sequence[Example], simulated: Sequence[Simulated], calibration: Calibration
-) -> _Simulated:
+) -> SimulatedWindows:
     shape = (len(examples), max((len(example.window.tokens) for example in examples), default=0))
     true, predicted = np.zeros(shape), np.zeros(shape)
     present, mask = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
@@ -215,7 +216,7 @@ def _outcome(
         predicted[row, :length] = [0.0 if level is None else level for level in levels]
         present[row, :length] = True
         mask[row, :length] = [level is not None for level in levels]
-    return _Simulated(
+    return SimulatedWindows(
         true=true,
         predicted=predicted,
         present=present,
@@ -225,4 +226,5 @@ def _outcome(
         natural=np.array([example.natural for example in examples], dtype=bool),
         stratum=tuple(example.stratum for example in examples),
         calibration=calibration,
+        windows=np.array([one.window.identity for one in examples], dtype=np.int64).reshape(-1, 2),
     )

@@ -1,0 +1,135 @@
+"""Ablate to simulation: how much of what the unit does is still done with its simulated activation in its place?
+
+Ablation scoring of Bills et al. (2023), "Language models can explain neurons in language models". With m(x) the model's
+predictions of the next tokens of x, m(x, n = s(x)) those with the unit n set to its simulation, and m(x, n = mu) those
+with it set to its mean,
+
+    1 - E[AvgJSD(m(x, n = s(x)) || m(x))] / E[AvgJSD(m(x, n = mu) || m(x))]
+
+with the Jensen-Shannon divergence averaged over the tokens of a window, and the mean over windows. 1: the model does not
+notice the difference; 0: the simulation is worth no more than the mean; below 0: it does harm. The model comes from
+outside (`harvest.effects.UnitEffects.simulated`); no call is made but those of the simulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from neuron_lens.errors import RequestError
+from neuron_lens.explain.evidence import Evidence
+from neuron_lens.explain.result import Score
+from neuron_lens.explain.scorer_result import Demanded
+from neuron_lens.explain.scorers.outcome import Outcome, ratio, without_value
+from neuron_lens.explain.scorers.simulation import SimulatedWindows, Simulation
+from neuron_lens.explain.scores import from_sums
+from neuron_lens.llm import Backend
+from neuron_lens.records import Unit, WindowId
+
+__all__ = ["AblateToSimulation", "Remembered", "SimulatedDivergences"]
+
+Floats = NDArray[np.float64]
+
+# Of a unit, windows and simulated activations [window, length] (NaN where there is no prediction): how far the model's
+# predictions move with the unit replaced by these, and by its mean, at the same tokens [window, 2].
+SimulatedDivergences = Callable[[Unit, Sequence[WindowId], Floats], Floats]
+
+_NO_FIRING = "predictions of the model are compared, not of where the unit fires: nothing gets a yes"
+_WINDOWS = 4096  # that are remembered
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateToSimulation(Simulation):
+    """See the module; simulator, calibration and windows as in `Simulation`, whose calls it shares.
+
+    ablation_score        the formula; 0 for a simulation that is the mean everywhere, and less for noise
+    moved_by_simulation   the mean divergence with the simulation in place (nats a token)
+    moved_by_mean         the same with the mean in place: what there is to explain
+
+    At tokens without a prediction the unit is left as it is, in both. Raises RequestError without `divergences`, and for
+    attention heads, whose activation is the norm of a vector: nothing says in which direction it should be set.
+    """
+
+    name: ClassVar[str] = "ablate_to_simulation"
+    headline: ClassVar[str] = "ablation_score"
+    chance: ClassVar[float] = 0.0
+    meaningless: ClassVar[Mapping[Demanded, str]] = {
+        "precision": _NO_FIRING,
+        "precision_at_density": _NO_FIRING,
+    }
+
+    divergences: SimulatedDivergences | None = None
+
+    def check(self, evidence: Evidence, backend: Backend | None) -> None:
+        """See `BaseScorer.check`."""
+        super().check(evidence, backend)
+        if evidence.unit.kind == "head":
+            raise RequestError(
+                f"{evidence.unit} is simulated by the norm of what it writes, which says nothing of the direction: it "
+                "cannot be replaced by its simulation"
+            )
+        if self.divergences is None:
+            raise RequestError(
+                f"replacing {evidence.unit} by its simulation needs divergences, a callable that runs the model, such as "
+                "harvest.effects.UnitEffects.simulated"
+            )
+
+    def figures(self, outcome: Outcome, evidence: Evidence, seed: int) -> dict[str, Score]:
+        """See the class."""
+        moved = self._moved(outcome, evidence)
+        ones = np.ones((len(moved), 1))
+        sums = {
+            "ablation_score": moved,
+            "moved_by_simulation": np.concatenate([moved[:, :1], ones], axis=1),
+            "moved_by_mean": np.concatenate([moved[:, 1:], ones], axis=1),
+        }
+        scores = {
+            name: from_sums(
+                counts,
+                (lambda totals: 1 - ratio(totals)) if name == self.headline else ratio,
+                given=outcome.given,
+                seed=seed,
+            )
+            for name, counts in sums.items()
+        }
+        assert isinstance(outcome, SimulatedWindows), "made by ask"
+        return {n: without_value(s) for n, s in scores.items()} if outcome.calibration.refused else scores
+
+    def quantile_figure(self, outcome: Outcome, evidence: Evidence, seed: int) -> Score:
+        """The score on the windows of the stratum and the silent ones."""
+        return self.figures(outcome, evidence, seed)[self.headline]
+
+    def _moved(self, outcome: Outcome, evidence: Evidence) -> Floats:
+        assert isinstance(outcome, SimulatedWindows) and self.divergences is not None, (
+            "checked, and made by ask"
+        )
+        moved = np.zeros((len(outcome.given), 2))
+        given = outcome.given
+        if given.any() and not outcome.calibration.refused:
+            simulated = np.where(outcome.mask, outcome.calibration.apply(outcome.predicted), np.nan)
+            windows = [(int(document), int(start)) for document, start in outcome.windows[given]]
+            moved[given] = self.divergences(evidence.unit, windows, simulated[given])
+        return moved
+
+
+class Remembered:
+    """Divergences by window: controls and strata ask for the same ones again."""
+
+    def __init__(self, divergences: SimulatedDivergences) -> None:
+        self._divergences = divergences
+        self._known: dict[tuple[Unit, WindowId, bytes], Floats] = {}
+
+    def __call__(self, unit: Unit, windows: Sequence[WindowId], simulated: Floats) -> Floats:
+        """See `SimulatedDivergences`."""
+        keys = [(unit, window, row.tobytes()) for window, row in zip(windows, simulated, strict=True)]
+        if len(self._known) + len(keys) > _WINDOWS:
+            self._known = {}
+        new = [place for place, key in enumerate(keys) if key not in self._known]
+        if new:
+            rows = self._divergences(unit, [windows[place] for place in new], simulated[new])
+            self._known |= {keys[place]: row for place, row in zip(new, rows, strict=True)}
+        return np.stack([self._known[key] for key in keys])
