@@ -6,6 +6,7 @@ import argparse
 import shutil
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +48,8 @@ def add(subparsers: Any) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "explain",
-        help="explain neurons, heads and latents of a model: sentences, scores, causal effects, pages",
-        description="Explain neurons, attention heads and latents. Runs offline, on any text, without a key.",
+        help="explain neurons, heads, latents and directions: sentences, scores, causal effects, pages",
+        description="Explain neurons, attention heads, latents and directions. Runs offline, on any text, without a key.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -78,6 +79,8 @@ def print_run(result: RunResult, wanted: set[str], out: Path, *, pages: bool) ->
     for name, reason in result.unexplained.items():
         if name in wanted:
             print(f"{name}: no explanation: {reason}")
+    for line in _unanswered([row for row in result.units if row.unit.name in wanted], out):
+        print(line, file=sys.stderr)
     _print_paths(result, wanted, out, pages=pages)
 
 
@@ -180,6 +183,26 @@ def _interval(score: Score, form: str = ".2f") -> str:
 
 def _value(score: Score) -> str:
     return "-" if score.value is None else f"{score.value:.2f}"
+
+
+def _unanswered(rows: list[UnitSummary], out: Path) -> list[str]:
+    """A line a scorer to which no answer came at all, with the reasons: a judge that is not there, for one."""
+    from neuron_lens.explain.result import UnitResult
+
+    units: Counter[str] = Counter()
+    reasons: dict[str, Counter[str]] = {}
+    for row in rows:
+        silent = {one.scorer for one in row.judged if one.score.coverage == 0}
+        units.update(silent)
+        for judged in UnitResult.read(out / row.path / "result.json").judged if silent else ():
+            if judged.scorer in silent:
+                reasons.setdefault(judged.scorer, Counter()).update(judged.missing)
+    return [
+        f"neuron-lens: {scorer}: no answer came for {count} of {len(rows)} units, their scores are missing "
+        f"({', '.join(f'{n} {kind}' for kind, n in reasons[scorer].items()) or 'nothing was asked'}); see that the judge "
+        "answers, and score again in another folder"
+        for scorer, count in units.items()
+    ]
 
 
 def _print_paths(result: RunResult, wanted: set[str], out: Path, *, pages: bool) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neuron_lens.cli.arguments import whole_number
 from neuron_lens.errors import RequestError
 
 if TYPE_CHECKING:
@@ -40,9 +41,14 @@ _NOUNS = ("neuron", "head", "latent")  # what can be named; each also as a plura
 def add_unit_options(parser: argparse.ArgumentParser) -> None:
     """Model, units, text, folder and seed."""
     parser.add_argument(
-        "model", nargs="?", default=DEFAULT_MODEL, help="a shipped or hub name, or a checkpoint folder"
+        "model",
+        nargs="?",
+        default=DEFAULT_MODEL,
+        help="a shipped or hub name, or a checkpoint folder (default: %(default)s)",
     )
-    parser.add_argument("--layer", type=int, metavar="L", help="layer, from 0 (default: the middle one)")
+    parser.add_argument(
+        "--layer", type=int, metavar="L", help="layer, from 0 (default: the middle one, or --sae's)"
+    )
     which = parser.add_mutually_exclusive_group()
     for noun, initial in zip(_NOUNS, "NHN", strict=True):
         whose = " of --sae" if noun == "latent" else ""
@@ -63,7 +69,9 @@ def add_unit_options(parser: argparse.ArgumentParser) -> None:
     )
     add_corpus_options(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: explanations/<model>)")
-    parser.add_argument("--seed", type=int, default=0, help="of samples, splits and resamples (default: 0)")
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=0, help="of samples, splits and resamples (default: 0)"
+    )
 
 
 def add_corpus_options(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +96,12 @@ def pipeline_of(arguments: argparse.Namespace, out: Path, **options: Any) -> Pip
     """The pipeline that was asked for, into a folder; `options` are the pipeline's own."""
     from neuron_lens.explain.direction_file import DEFAULT_SITE, directions_of_file
     from neuron_lens.explain.recipe import Recipe, SourceRecipe, lasting
+    from neuron_lens.explain.run_folder import RunFolder
 
+    if RunFolder.is_one(arguments.model):
+        raise RequestError(
+            f"{arguments.model} is a run folder, not a model: give the model, and the folder with --out"
+        )
     directions = []
     if arguments.directions is not None:
         directions = directions_of_file(

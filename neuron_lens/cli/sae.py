@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neuron_lens.cli.arguments import whole_number
 from neuron_lens.cli.run_options import add_corpus_options, corpus_of
 from neuron_lens.errors import RequestError
 
@@ -55,23 +56,32 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layer", type=int, metavar="L", help="layer, from 0; left out for sites outside the blocks"
     )
-    parser.add_argument("--width", type=int, required=True, metavar="N", help="number of latents")
+    parser.add_argument("--width", type=whole_number(1), required=True, metavar="N", help="number of latents")
     parser.add_argument(
-        "--activation", default="topk", choices=["relu", "topk", "batch_topk", "jumprelu", "gated"]
+        "--activation",
+        default="topk",
+        choices=["relu", "topk", "batch_topk", "jumprelu", "gated"],
+        help="what keeps few latents active (default: %(default)s)",
     )
-    parser.add_argument("--k", type=int, metavar="K", help="topk, batch_topk: active latents per token")
+    parser.add_argument(
+        "--k", type=whole_number(1), metavar="K", help="topk, batch_topk: active latents per token"
+    )
     parser.add_argument("--groups", metavar="A,B,…", help="batch_topk: sizes of nested groups (matryoshka)")
     parser.add_argument("--sparsity", type=float, help="relu, gated: about 1 to 10; jumprelu: about 1e-3")
     parser.add_argument(
-        "--tokens", type=int, default=2_000_000, help="training tokens (default: %(default)s)"
+        "--tokens", type=whole_number(1), default=2_000_000, help="training tokens (default: %(default)s)"
     )
-    parser.add_argument("--batch", type=int, default=2048, help="tokens per step (default: %(default)s)")
+    parser.add_argument(
+        "--batch", type=whole_number(1), default=2048, help="tokens per step (default: %(default)s)"
+    )
     parser.add_argument("--learning-rate", type=float, help="default: from the width")
     parser.add_argument("--bf16", action="store_true", help="products in bfloat16")
     parser.add_argument("--site-out", metavar="SITE", help="train a transcoder: the site that is predicted")
     parser.add_argument("--layer-out", type=int, metavar="L", help="of --site-out (default: --layer)")
     parser.add_argument("--skip", action="store_true", help="a transcoder with a linear skip term")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=0, help="of weights, order and parts (default: 0)"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder (default: autoencoders/<model>)")
     parser.add_argument(
         "--stored",
@@ -89,9 +99,16 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--site", help="path of the site (default: the autoencoder's own)")
     parser.add_argument("--layer", type=int, metavar="L", help="layer (default: the autoencoder's own)")
-    parser.add_argument("--split", default="test", choices=["train", "validation", "test", "all"])
-    parser.add_argument("--tokens", type=int, default=100_000, help="at most so many (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the corpus's division into parts")
+    parser.add_argument(
+        "--split",
+        default="test",
+        choices=["train", "validation", "test", "all"],
+        help="the part of the text (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tokens", type=whole_number(1), default=100_000, help="at most so many (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of the corpus's division into parts")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder for both files (default: evaluations/<model>)"
     )

@@ -7,6 +7,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from neuron_lens.cli.arguments import not_negative, whole_number
+
 __all__ = ["add", "run"]
 
 
@@ -25,12 +27,16 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "model", metavar="PATH", help="a run folder, a checkpoint folder, or a shipped or hub name"
     )
-    parser.add_argument("--length", type=int, default=24, help="tokens of the longest prompt (default: 24)")
-    parser.add_argument("--new-tokens", type=int, default=8, help="greedy tokens to generate (default: 8)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random prompts (default: 0)")
+    parser.add_argument(
+        "--length", type=whole_number(3), default=24, help="tokens of the longest prompt (default: 24)"
+    )
+    parser.add_argument(
+        "--new-tokens", type=whole_number(1), default=8, help="greedy tokens to generate (default: 8)"
+    )
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of the random prompts (default: 0)")
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=not_negative,
         default=1e-4,
         help="in standard deviations of the numbers compared (default: 1e-4)",
     )

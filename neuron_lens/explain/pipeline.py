@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Pipeline"]
 
-_VERSION = 3  # of the method: raise it when results change for the same input
+_VERSION = 4  # of the method: raise it when results change for the same input
 
 _BLOCK = 8  # units whose calls to a judge run side by side
 
@@ -214,7 +214,9 @@ class Pipeline(NamesUnits):
         asking = [] if self._explainer is None else [f"the explainer {self._explainer.name!r}"]
         asking += [f"the scorer {scorer.name!r}" for scorer in self._scorers if scorer.needs]
         if self.backend is None and asking:
-            raise RequestError(f"{asking[0]} asks a judge: give it a backend (by command: --judge; see neuron_lens.llm)")
+            raise RequestError(
+                f"{asking[0]} asks a judge: give it a backend (by command: --judge; see neuron_lens.llm)"
+            )
         names = [scorer.name for scorer in self._scorers]
         if len(set(names)) < len(names):
             raise RequestError(f"each scorer is named once; got {', '.join(names)}")

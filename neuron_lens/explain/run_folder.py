@@ -250,18 +250,18 @@ class RunFolder:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValidationError) as error:
-            reason = str(error).split("\n")[0]
             raise RequestError(
-                f"{path} is no manifest of a run that this version reads ({reason}); give another folder"
+                f"{path} is no manifest of a run that this version reads ({_first_problem(error)}); give another folder"
             ) from None
 
     def require_manifest(self) -> Manifest:
         """The manifest. Raises RequestError for a folder that is no run."""
         found = self.manifest()
         if found is None:
-            raise RequestError(
-                f"{self.path} is no run folder (it has no {_NAME}); make one with neuron-lens harvest or explain"
-            )
+            what_to_do = "make one with neuron-lens harvest or explain"
+            if self.harvest.is_dir():
+                what_to_do = "its harvest was stopped: give the same command again, and it goes on"
+            raise RequestError(f"{self.path} is no run folder (it has no {_NAME}); {what_to_do}")
         return found
 
     def check(self, asked: Manifest) -> Manifest:
@@ -306,6 +306,11 @@ class RunFolder:
 
     def run(self) -> RunResult:
         """The index of finished units. Raises RequestError when there is none."""
+        if not self.index.is_file():
+            raise RequestError(
+                f"{self.path} holds no explanations yet ({self.index.name} does not exist): run neuron-lens explain into "
+                "it; one that was stopped goes on"
+            )
         return RunResult.read(self.index)
 
     def results(self) -> Iterator[UnitResult]:
@@ -329,6 +334,14 @@ class RunFolder:
                 if (result.model, result.run) == (model, run):
                     summaries[result.unit.name] = result.summary()
         return summaries
+
+
+def _first_problem(error: OSError | ValidationError) -> str:
+    """The first thing that is wrong, in one line."""
+    if isinstance(error, OSError):
+        return str(error)
+    first = error.errors(include_url=False)[0]
+    return ": ".join([*map(str, first["loc"]), first["msg"]])
 
 
 def _together(unit: Unit) -> tuple[str, int, str, str]:

@@ -105,6 +105,7 @@ def documents_of_rows(
         text = row.get(text_key)
         if not isinstance(text, str):
             has = ", ".join(repr(key) for key in list(row)[:8]) or "nothing"
+            has += f", and {text_key!r} is {type(text).__name__}" if text_key in row else ""
             raise RequestError(
                 f"{place}: expected an object with {text_key!r} that is a string; it has {has}; say which holds the "
                 "text with text_key=… (by command: --text-key)"
