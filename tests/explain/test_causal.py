@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from neuron_lens.errors import BackendError, RequestError
 from neuron_lens.explain import source_work
 from neuron_lens.explain.pipeline import Pipeline
+from neuron_lens.explain.plan import Plan
 from neuron_lens.explain.scorers import (
     AblateToSimulation,
     Causal,
@@ -21,12 +23,13 @@ from neuron_lens.explain.scorers import (
     Simulation,
 )
 from neuron_lens.explain.simulators import TextSimulator
+from neuron_lens.explain.simulators.base import Simulated
 from neuron_lens.explain.source_work import SourceWork
 from neuron_lens.harvest.effects import UnitEffects
 from neuron_lens.harvest.run import harvest
 from neuron_lens.harvest.sources import NeuronSource
 from neuron_lens.llm import Request, Response, ScriptedBackend, TokenLogprobs
-from neuron_lens.records import Unit
+from neuron_lens.records import TokenWindow, Unit
 
 from . import planted, word_judge
 from .test_planted import SETTINGS, UNITS
@@ -192,6 +195,22 @@ def test_a_simulation_that_is_the_mean_scores_nothing_and_a_missing_one_is_missi
     windows = [window.identity for window in evidence.test.top]
     rows = scorer.divergences(evidence.unit, windows, np.full((len(windows), 32), mean))
     np.testing.assert_allclose(rows[:, 0], rows[:, 1], rtol=1e-3)
+
+
+def test_a_simulation_in_hand_is_scored_offline(work: SourceWork) -> None:
+    class Levels:
+        """The true activations, as levels."""
+
+        name, needs, prompt = "levels", (), ""
+
+        def plan(self, explanation: str, windows: Sequence[TokenWindow]) -> Plan[list[Simulated]]:
+            return Plan((), lambda answers: [tuple(5.0 * value for value in w.activations) for w in windows])
+
+    scorer = work.equipped(AblateToSimulation(simulator=Levels()), seed=0)
+    result = scorer.score(work.evidence(planted.SELF), "whatever it is", None, seed=0)
+    assert result.score.value == pytest.approx(1.0, abs=1e-3) and result.calls == 0
+    shuffled = next(one for one in result.controls if one.name == "shuffled").scores["ablation_score"]
+    assert shuffled.value is not None and shuffled.value < 0
 
 
 def test_divergences_are_asked_for_once() -> None:
