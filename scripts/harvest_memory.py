@@ -15,6 +15,7 @@ import ctypes
 import gc
 import json
 import random
+import string
 import subprocess
 import sys
 import tempfile
@@ -126,7 +127,7 @@ def _made(given: argparse.Namespace) -> tuple[Any, Any, list[Any], Any]:
     )  # fmt: skip
     model = Transformer(config, seed=0, tokenizer=tokenizer).eval().requires_grad_(False)
     draw = random.Random(0)
-    texts = ("".join(draw.choices("abcdefgh \n", k=4000)) for _ in range(max(1, given.tokens // 4000)))
+    texts = ("".join(draw.choices(string.printable, k=4000)) for _ in range(max(1, given.tokens // 4000)))
     corpus = Corpus.of_documents([Document(f"{number}", text) for number, text in enumerate(texts)])
     if given.active:
         own = AutoencoderConfig(

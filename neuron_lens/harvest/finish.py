@@ -15,6 +15,7 @@ from neuron_lens.harvest.kept_tensors import (
     figure_tensors,
     kept_places,
     list_tensors,
+    release,
     sample_places,
     sample_tensors,
 )
@@ -86,6 +87,7 @@ def write_kept(
     )
     tensors |= neighbours
     likeness = Likeness.of(sampled, neighbours, tensors)
+    release(tensors)
     near = NearMisses(likeness, places, bounds, settings.near, settings.shape.length, source.has_partners)
     near.take_sample(sampled, random_places, settings.seed)
     budget = int(settings.reread * n_tokens)

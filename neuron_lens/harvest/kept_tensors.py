@@ -22,7 +22,7 @@ from neuron_lens.harvest.sparse_sample import SparseSample
 from neuron_lens.harvest.statistics import BIN_EDGES
 from neuron_lens.windows import TextWindows
 
-__all__ = ["figure_tensors", "kept_places", "list_tensors", "sample_places", "sample_tensors"]
+__all__ = ["figure_tensors", "kept_places", "list_tensors", "release", "sample_places", "sample_tensors"]
 
 _WINDOWS_AT_ONCE = 64  # of the sample that are put in order of units together
 

@@ -22,6 +22,7 @@ __all__ = ["nearest_units"]
 
 _AT_ONCE = 256  # units compared with all others together, at most
 _COMPARED = 2**24  # pairs of them, at most, but for very many units
+_TOKENS_AT_ONCE = 256
 _PAIRS = 2**20  # pairs of entries that are added up together
 
 Arrays = dict[str, NDArray[Any]]
@@ -136,15 +137,28 @@ class _Comparison:
 
 class _DenseComparison(_Comparison):
     def __init__(self, sampled: Sampled) -> None:
-        # Centred first: sums of products of large means would cancel.
-        matrix = sampled.matrix
-        self._fires = (matrix > torch.from_numpy(sampled.threshold)).float()
-        self._values = matrix - matrix.mean(0)
-        self._n = max(len(matrix), 1)
-        self._set_scale(torch.zeros(matrix.shape[1]), self._values.square().mean(0), self._fires.sum(0))
+        self._matrix, self._threshold = sampled.matrix, torch.from_numpy(sampled.threshold)
+        n_tokens, n_units = self._matrix.shape
+        self._n = max(n_tokens, 1)
+        self._centre = sum((part.sum(0) for part in self._parts()), torch.zeros(n_units)) / self._n
+        square, n_fires = torch.zeros(n_units), torch.zeros(n_units)
+        for part in self._parts():
+            n_fires += (part > self._threshold).sum(0)
+            square += part.sub_(self._centre).square_().sum(0)
+        self._set_scale(torch.zeros(n_units), square / self._n, n_fires)
+
+    def _parts(self) -> Iterator[Tensor]:
+        """The sample a few tokens at a time, float32."""
+        return (part.to(torch.float32, copy=True) for part in self._matrix.split(_TOKENS_AT_ONCE))
 
     def with_all(self, own: Tensor) -> tuple[Tensor, Tensor]:
-        products, both = (of[:, own].T @ of for of in (self._values, self._fires))
+        products, both = (torch.zeros(len(own), len(self._centre)) for _ in range(2))
+        for part in self._parts():
+            fires = (part > self._threshold).float()
+            both.addmm_(fires[:, own].T, fires)
+            # Centred first: sums of products of large means would cancel.
+            part.sub_(self._centre)
+            products.addmm_(part[:, own].T, part)
         return self._scaled(own, products, both, self._n)
 
 

@@ -32,7 +32,7 @@ Arrays = dict[str, NDArray[Any]]
 class Sampled:
     """The uniform sample: activations of units at tokens, and its windows.
 
-    `matrix` is `[token, unit]` of the training windows (at most _TOKENS tokens), dense or sparse (COO);
+    `matrix` is `[token, unit]` of the training windows (at most _TOKENS tokens), float16 or sparse (COO, float32);
     `largest` `[window, unit]` the largest activation of every window of the sample, float16; `tokens` and
     `present` `[window, length]`; `split` `[window]`; `lowest` (at least 0) and `highest` `[unit]` over the whole
     corpus, and `threshold` `[unit]`, above which each unit counts as firing. `tensors` are those of the harvest.
@@ -103,11 +103,11 @@ def _from_dense(
     """The training matrix and the largest activations of a sample `[unit, window, length]`, some units at a time."""
     n_units, n_windows, _ = held.shape
     inside, absent = torch.from_numpy(present[chosen]), torch.from_numpy(~present)
-    matrix = torch.empty(int(inside.sum()), n_units)
+    matrix = torch.empty(int(inside.sum()), n_units, dtype=torch.float16)
     largest = np.empty((n_windows, n_units), dtype=np.float16)
     for first in range(0, n_units, _AT_ONCE):
         own = torch.from_numpy(np.array(held[first : first + _AT_ONCE]))
-        matrix[:, first : first + len(own)] = own[:, chosen][:, inside].float().T
+        matrix[:, first : first + len(own)] = own[:, chosen][:, inside].T
         largest[:, first : first + len(own)] = own.masked_fill_(absent, -torch.inf).amax(-1).T.numpy()
         release_pages(held)
     return matrix, largest
