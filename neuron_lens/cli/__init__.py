@@ -33,7 +33,7 @@ _PIPE_CLOSED = 141  # and for SIGPIPE
 _FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
 
 _EXIT_CODES = """\
-exit codes: 0 done; 1 verify or judge found what it looks for; 2 an error, told in one line; 3 stopped by --budget or
+exit codes: 0 done; 1 verify found a difference; 2 an error, told in one line; 3 stopped by --budget or
 --max-calls; 130 interrupted. Commands that were stopped go on when they are given again.
 """
 

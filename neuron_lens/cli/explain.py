@@ -200,7 +200,7 @@ def _unanswered(rows: list[UnitSummary], out: Path) -> list[str]:
     return [
         f"neuron-lens: {scorer}: no answer came for {count} of {len(rows)} units, their scores are missing "
         f"({', '.join(f'{n} {kind}' for kind, n in reasons[scorer].items()) or 'nothing was asked'}); see that the judge "
-        "answers, and score again in another folder"
+        "answers, and give the same command again"
         for scorer, count in units.items()
     ]
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neuron_lens.cli.arguments import whole_number
 from neuron_lens.cli.judge_options import add_who, backend_of, price_of, stopped_by
 from neuron_lens.errors import RequestError
 
@@ -44,7 +45,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--batch", type=int, metavar="N", help="texts a call of detection and fuzzing (default: 5)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the examples drawn (default: 0)")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of the examples drawn (default: 0)")
     parser.add_argument(
         "--out",
         type=Path,

@@ -328,8 +328,9 @@ class Pipeline(NamesUnits):
         return results
 
     def _unscored(self, summary: UnitSummary) -> bool:
-        """Whether a scorer has nothing said of the unit yet."""
-        judged = {headline.scorer for headline in summary.judged} | set(summary.unscored)
+        """Whether a scorer has nothing said of the unit yet, or had no answer at all."""
+        judged = {headline.scorer for headline in summary.judged if headline.score.coverage > 0}
+        judged |= set(summary.unscored)
         return not {scorer.name for scorer in self._scorers} <= judged
 
     def _scored(self, results: Sequence[UnitResult]) -> list[UnitResult]:

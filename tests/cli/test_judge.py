@@ -180,7 +180,8 @@ def test_failures_lower_the_coverage_and_nothing_else(texts: Path, harvested: Pa
         assert main(command(texts, out, server.url, neurons="0:1")) == 0
     result = UnitResult.read(out / "units" / "layer0_neuron0" / "result.json")
     for judged in result.judged:
-        assert judged.missing and 0.5 <= judged.score.coverage < 1
+        assert judged.missing and 0 < judged.score.coverage < 1
+        assert (judged.score.value is None) == (judged.score.coverage < 0.5)
         assert judged.score.value is None or judged.score.value > 0.9
 
 

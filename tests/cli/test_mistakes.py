@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from explain import word_judge
 
 from neuron_lens.cli import main
 from neuron_lens.cli.arguments import not_negative, whole_number
 from neuron_lens.explain.run_folder import RunFolder
 from neuron_lens.explain.source_work import SourceWork
-from tests.llm.server import JudgeServer
+from tests.llm.server import JudgeServer, Reply
 
 
 def told(capsys: pytest.CaptureFixture[str], complaint: str) -> None:
@@ -157,10 +158,19 @@ def test_a_judge_that_never_answers_is_not_passed_over_in_silence(
     ]
     assert main([*asked, "--scorers", "detection"]) == 2
     told(capsys, "--judge")
-    with JudgeServer(lambda body, attempt: "I would rather not say.") as server:
-        assert main([*asked, "--scorers", "detection", "--judge", f"openai:words@{server.url}"]) == 0
+    with JudgeServer(lambda body, attempt: Reply("no", status=400)) as server:
+        judge = ["--scorers", "detection", "--judge", f"openai:words@{server.url}"]
+        assert main([*asked, *judge]) == 0
     error = capsys.readouterr().err
     assert "detection: no answer came for 2 of 2 units" in error and error.count("\n") == 1
+    assert "failed); see that the judge answers, and give the same command again" in error
+    with JudgeServer(lambda body, attempt: word_judge.served(body)) as server:
+        judge[-1] = f"openai:words@{server.url}"
+        assert main([*asked, *judge]) == 0 and server.calls > 0
+        calls = server.calls
+        assert main([*asked, *judge]) == 0 and server.calls == calls
+    assert capsys.readouterr().err == ""
+    assert all(one.score.coverage == 1 for row in RunFolder(tmp_path / "out").run() for one in row.judged)
 
 
 def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
