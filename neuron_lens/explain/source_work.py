@@ -105,6 +105,7 @@ class SourceWork:
         self.explained = lru_cache(maxsize=4)(self._explain)
         self._group = lru_cache(maxsize=2)(self._make_group)
         self._logits = lru_cache(maxsize=2)(self._make_logits)
+        self._embeddings = lru_cache(maxsize=2)(self._make_embeddings)
 
     @cached_property
     def _written(self) -> Tensor | None:
@@ -119,6 +120,15 @@ class SourceWork:
             return None
         own = self._written[self._columns(number)]
         return np.asarray(logits_written(self.source.model, own).cpu().numpy())
+
+    def _make_embeddings(self, number: int) -> NDArray[np.float32] | None:
+        """What the embedding of every token adds to the inputs of a group's units `[unit, d_vocab]`; None likewise."""
+        from neuron_lens.harvest.sources.embeddings import embeddings_read
+
+        if self._read is None:
+            return None
+        own = self._read[self._columns(number)]
+        return np.asarray(embeddings_read(self.source.model, own).cpu().numpy())
 
     def _explain(self, index: int) -> ExplainedUnit:
         group = self._group(self._number_of(index))
@@ -142,9 +152,12 @@ class SourceWork:
         return _Group.of(self.harvest, self.source.indices[self._columns(number)])
 
     def _logits_of(self, index: int) -> NDArray[np.float32] | None:
-        number = self._number_of(index)
-        logits = self._logits(number)
-        return None if logits is None else logits[self.source.column(index) - self._columns(number).start]
+        return self._row(self._logits(self._number_of(index)), index)
+
+    def _row(self, of_group: NDArray[np.float32] | None, index: int) -> NDArray[np.float32] | None:
+        """A unit's row of what its group holds."""
+        first = self._columns(self._number_of(index)).start
+        return None if of_group is None else of_group[self.source.column(index) - first]
 
     def partner(self, index: int) -> int:
         """The unit whose explanation is the control: a neighbour, so that pairs serve each other, and one that
@@ -168,12 +181,8 @@ class SourceWork:
 
     def input_tokens(self, index: int) -> Tokens:
         """The tokens whose embeddings drive the unit most, by its weights; none where it reads no single direction."""
-        from neuron_lens.harvest.sources.embeddings import embeddings_read
-
-        if self._read is None:
-            return ()
-        own = self._read[self.source.column(index)]
-        return self._extremes(embeddings_read(self.source.model, own).double().cpu().numpy())[0]
+        added = self._row(self._embeddings(self._number_of(index)), index)
+        return () if added is None else self._extremes(added.astype(np.float64))[0]
 
     def _extremes(self, values: NDArray[np.float64]) -> tuple[Tokens, Tokens]:
         texts = self.harvest.windows.token_texts
