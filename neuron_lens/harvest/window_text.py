@@ -17,7 +17,7 @@ from neuron_lens.windows import ABSENT, Column, IntArray, TextWindows
 __all__ = ["gather_windows"]
 
 _AT_ONCE = 1024  # windows that are cut out of a document together
-_RELEASED_AFTER = 2**14  # windows
+_RELEASED_AFTER = 2**12  # windows
 
 
 def gather_windows(
