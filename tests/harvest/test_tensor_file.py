@@ -11,7 +11,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 
-from neuron_lens.files.tensor_file import write_tensor_file
+from neuron_lens.files import tensor_file
+from neuron_lens.files.mapped import release_pages
+from neuron_lens.files.tensor_file import map_tensor_file, write_tensor_file
 from neuron_lens.harvest.keepers import UniformSample, WindowBatch
 from neuron_lens.harvest.scratch import ScratchFile
 
@@ -43,6 +45,33 @@ def test_a_written_file_is_read_back_by_safetensors(tmp_path: Path) -> None:
     with safe_open(tmp_path / "file.safetensors", framework="np") as file:
         assert file.metadata() == {"said": "this"}
     assert [path.name for path in tmp_path.iterdir()] == ["file.safetensors"]
+
+
+def test_a_file_is_read_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_file, "_BYTES_AT_ONCE", 16)  # written a row at a time
+    path, expected = tmp_path / "file.safetensors", _arrays()
+    write_tensor_file(path, _arrays(), {"said": "this"})
+    metadata, tensors = map_tensor_file(path)
+    assert metadata == {"said": "this"} and tensors.keys() == expected.keys()
+    for name, array in expected.items():
+        assert tensors[name].dtype == array.dtype and np.array_equal(tensors[name], array), name
+        release_pages(tensors[name])
+        assert np.array_equal(tensors[name], array), name
+    for damaged in (path.read_bytes()[:-1], path.read_bytes()[:40], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"cut off|it ends at"):
+            map_tensor_file(path)
+
+
+def test_what_is_written_to_a_scratch_array_stays_when_its_pages_go(tmp_path: Path) -> None:
+    file = ScratchFile(tmp_path)
+    arrays = [file.array((300, 7), dtype) for dtype in (np.float16, np.int32, np.int8)]
+    for number, array in enumerate(arrays):
+        assert not array.any()
+        array[:] = number + np.arange(7)
+        release_pages(array[3:, 2])
+    assert all((array == number + np.arange(7)).all() for number, array in enumerate(arrays))
+    assert file.array((0, 5), np.float16).shape == (0, 5) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("has_partners", [False, True])
