@@ -125,10 +125,9 @@ class RuleJudge:
         rule = RULES.get(asked)
         fits = self._holds(rule, asked, written) if rule else False
         logprob = -3.0 + 0.5 * fits + 0.4 * self._guess(asked, written)
-        tokens = tokens_of(request.prompt)
-        return Response(
-            text="", prompt_tokens=tuple(TokenLogprobs(token=token, logprob=logprob) for token in tokens)
-        )
+        before = TokenLogprobs(token=request.prompt.removesuffix(asked), logprob=None)
+        tokens = [TokenLogprobs(token=token, logprob=logprob) for token in tokens_of(asked)]
+        return Response(text="", prompt_tokens=(before, *tokens))
 
     def _levels(self, rule: Rule | None, asked: str, tokens: Sequence[str]) -> list[int]:
         if rule is None:

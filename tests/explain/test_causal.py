@@ -70,8 +70,8 @@ class Knowing:
         head, asked = request.prompt.rsplit("\nDescription: ", 1)
         written = json.loads(head.rsplit("\nIt wrote: ", 1)[1])
         logprob = -5.0 + 0.2 * sum(written.count(token) for token in self.promoted.get(asked, ()))
-        pieces = (*[TokenLogprobs(token=c, logprob=-1.0) for c in request.prompt[: -len(asked)]],)
-        return Response(text="", prompt_tokens=(*pieces, TokenLogprobs(token=asked, logprob=logprob)))
+        before = TokenLogprobs(token=request.prompt.removesuffix(asked), logprob=None)
+        return Response(text="", prompt_tokens=(before, TokenLogprobs(token=asked, logprob=logprob)))
 
     def _simulated(self, text: str) -> str:
         described = text.rsplit("Description: ", 1)[1].split("\n")[0]

@@ -182,12 +182,12 @@ def embedder_named(text: str) -> Embedder:
     if kind == "local" and who:
         if not Path(who).is_dir():
             raise RequestError(
-                f"--embedder {text}: {who} is no folder; expected that of a sentence-transformers model"
+                f"the embedder {text}: {who} is no folder; expected that of a sentence-transformers model"
             )
         if importlib.util.find_spec("sentence_transformers") is None:
             raise MissingExtraError("sentence_transformers", "embed", f"the embedder {text}")
         return SentenceTransformer(who)
     raise RequestError(
-        f"--embedder {text!r}: expected local:FOLDER (a sentence-transformers model), openai:MODEL, openai:MODEL@URL (an "
+        f"the embedder {text!r}: expected local:FOLDER (a sentence-transformers model), openai:MODEL, openai:MODEL@URL (an "
         f"embeddings endpoint) or {BagOfWords.name} (spelling alone, for trials)"
     )
