@@ -220,6 +220,34 @@ def test_two_autoencoders_by_command_are_both_had_again(
     assert "now holds another" in one_line(capsys)
 
 
+def test_a_folder_of_the_older_form_is_gone_on_with(texts: Path, tmp_path: Path) -> None:
+    out, sae = tmp_path / "out", tmp_path / "sae"
+    save_saelens(autoencoder(1), sae)
+    asked = [
+        "explain",
+        "planted",
+        "--sae",
+        str(sae),
+        "--corpus",
+        str(texts),
+        "--out",
+        str(out),
+        "--quiet",
+        "--no-pages",
+    ]
+    assert main([*asked, "--latents", "0:2"]) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    (now,) = manifest["recipe"].pop("sources")
+    del manifest["recipe"]["text_key"]
+    manifest["recipe"]["sae"] = now["path"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["verify", str(out)]) == 0
+    assert main(["score", str(out), "--scorers", "detection", *JUDGE]) == 0
+    recipe = RunFolder(out).require_manifest().recipe
+    assert recipe is not None and [one.model_dump() for one in recipe.sources] == [now]
+    assert main([*asked, "--latent", "3"]) == 0 and len(RunFolder(out).run()) == 3
+
+
 def test_autoencoders_and_directions_of_a_script_are_had_again_by_command(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -93,6 +93,8 @@ def test_a_folder_keeps_what_is_used_once_and_mends_what_is_damaged(tmp_path: Pa
     path = kept_path(tmp_path, recipe.sources[0])
     assert [path] == list(path.parent.iterdir())
     whole, stamp = path.read_bytes(), path.stat().st_mtime_ns
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode  # readable by whom the folder is for
     kept.write(tmp_path, recipe)
     assert path.stat().st_mtime_ns == stamp
     path.write_bytes(whole[:-1])
