@@ -102,8 +102,9 @@ def reproduce(
         drawn = [listed[place] for place in rng.permutation(len(listed))[:n_windows]]
         drawn += [(int(row), kept.top[slot]) for slot, row in enumerate(kept.top_rows[: n_windows // 2])]
         rows = [row for row, _ in drawn]
-        again = recomputed(source, harvest.windows, rows, [index])[0]
-        present = harvest.windows.present[rows]
+        windows = harvest.windows.select(np.array(rows))
+        again = recomputed(source, windows, list(range(len(rows))), [index])[0]
+        present = windows.present
         recorded = np.stack([values for _, values in drawn])
         scale = max(float(np.abs(kept.moments[4:]).max()), 1e-6)
         difference = float(np.abs(again - recorded)[present].max(initial=0.0)) / scale
