@@ -87,9 +87,7 @@ def _keep(folder: Path, recipe: SourceRecipe, source: Autoencoder | Direction) -
         return
     described, tensors = _content(source)
     with atomic_path(path) as temporary:
-        mode = temporary.stat().st_mode
         save_file(tensors, temporary, metadata={_HEADER: described})
-        temporary.chmod(mode)  # safetensors leaves a file that only its owner reads
 
 
 def open_kept(folder: Path, recipe: SourceRecipe) -> Autoencoder | Direction:

@@ -23,6 +23,8 @@ __all__ = ["atomic_path", "write_bytes_atomic", "write_json_atomic", "write_text
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary sibling of `path` to write to; renamed to `path` on success, removed on failure.
 
+    The file can be read by whom the folder's files can, whoever writes it (safetensors shuts all but the owner out).
+
     Missing parent folders are made. Raises RequestError when the folder cannot be written to or `path`
     is a folder.
     """
@@ -33,6 +35,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
+        mode = temporary.stat().st_mode
     except OSError as error:
         raise RequestError(
             f"cannot write in the folder {target.parent}: {error.strerror or error}; "
@@ -40,6 +43,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         ) from error
     try:
         yield temporary
+        temporary.chmod(mode)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

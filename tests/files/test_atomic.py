@@ -6,7 +6,9 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from neuron_lens.errors import RequestError
 from neuron_lens.files.atomic import atomic_path, write_json_atomic, write_text_atomic
@@ -31,6 +33,21 @@ def test_the_old_file_is_there_until_the_new_one_is_whole(tmp_path: Path) -> Non
         temporary.write_text("new")
         assert target.read_text() == "old"
     assert target.read_text() == "new"
+
+
+def test_whoever_writes_it_the_folder_s_readers_can_read_it(tmp_path: Path) -> None:
+    """safetensors makes files that only their owner reads."""
+    write_text_atomic(tmp_path / "a.txt", "x")
+    with atomic_path(tmp_path / "a.safetensors") as temporary:
+        save_file({"a": np.zeros(2)}, temporary)
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1 and modes.pop() & 0o044 == 0o044 & ~_umask()
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:

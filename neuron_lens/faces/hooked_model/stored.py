@@ -18,7 +18,7 @@ from torch import Tensor
 from neuron_lens.errors import RequestError, did_you_mean
 from neuron_lens.faces.hooked_model.cache import ActivationCache
 from neuron_lens.faces.hooked_model.fields import newer_key
-from neuron_lens.files.atomic import write_json_atomic
+from neuron_lens.files.atomic import atomic_path, write_json_atomic
 
 __all__ = ["CacheWriter", "StoredCache", "jsonable"]
 
@@ -64,7 +64,8 @@ class CacheWriter:
         tensors: dict[str, Tensor] = {}
         described = {key: _described(cache[key], key, tensors) for key in keys}
         name = _batch_name(self.batches)
-        save_file(tensors, self._temporary / f"{name}.safetensors")
+        with atomic_path(self._temporary / f"{name}.safetensors") as file:
+            save_file(tensors, file)
         write_json_atomic(self._temporary / f"{name}.json", described, indent=None)
         self.batches += 1
 
