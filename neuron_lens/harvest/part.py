@@ -94,9 +94,11 @@ class HarvestPart:
                 old.unlink()  # the one before, or what a killed pass left half written
         return cls(folder, key, progress, name)
 
-    def remove(self) -> None:
-        """Delete it: its harvest is written."""
-        (self.folder / "manifest.json").unlink(missing_ok=True)
-        for old in self.folder.glob("part-*"):
-            old.unlink()
-        self.folder.rmdir()
+    @staticmethod
+    def clear(folder: Path) -> None:
+        """Delete the part of a folder, and what killed passes left half written there: the harvest is made."""
+        for pattern in ("manifest.json*", "part-*"):
+            for old in folder.glob(pattern):
+                old.unlink()
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

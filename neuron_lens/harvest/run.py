@@ -365,14 +365,11 @@ def _require_enough(corpus: Corpus, keepers: Sequence[SourceKeepers], n_tokens: 
 
 
 def _tidy(folder: Path) -> None:
-    """The parts of a finished pass, and the folders that are empty then."""
+    """Delete the parts of a finished pass, and the folders that are empty then."""
     for place in (folder / _NEAR, folder):
-        part = HarvestPart.open(place)
-        if part is not None:
-            part.remove()
-    for place in (folder, folder.parent):
-        if place.is_dir() and not any(place.iterdir()):
-            place.rmdir()
+        HarvestPart.clear(place)
+    if folder.parent.is_dir() and not any(folder.parent.iterdir()):
+        folder.parent.rmdir()
 
 
 def _key(fingerprint: str, corpus: Corpus, source: UnitSource, settings: HarvestSettings) -> dict[str, Any]:

@@ -134,6 +134,20 @@ def test_a_killed_pass_goes_on(
     assert left == _files(whole)
 
 
+def test_what_a_killed_writer_left_is_tidied_away(model: Transformer, whole: Path, tmp_path: Path) -> None:
+    """Whatever it was killed at: the names it writes to before it renames are known."""
+    with pytest.MonkeyPatch.context() as patch:
+        _Counting(patch, stop_before=FORWARDS - 1)
+        with pytest.raises(_Stopped):
+            harvest(model, corpus(), sources(model), tmp_path, SETTINGS, progress=False)
+    (part,) = (tmp_path / "parts").iterdir()
+    for place in (part, part / "near"):
+        for name in ("manifest.json.0123456789ab.tmp", "part-300.safetensors.0123456789ab.tmp"):
+            (place / name).write_text("half")
+    harvest(model, corpus(), sources(model), tmp_path, SETTINGS, progress=False)
+    assert _files(tmp_path) == _files(whole)
+
+
 def test_merged_parts_equal_one_pass(model: Transformer, whole: Path, tmp_path: Path) -> None:
     ranges = [range(8, 12), range(3), range(3, 8)]
     parts = [
