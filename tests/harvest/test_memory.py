@@ -65,6 +65,15 @@ HELD = {
     "latent": (40 + 24 + 16) * 16 * 2 + 144 * 16 * 8 // 16 + 4000,
 }
 
+# One thread, one arena, and what is freed goes back to the system at once: by itself malloc keeps what it likes, and the
+# same harvest peaks anywhere from 65 to 118 MB.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+}
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
@@ -78,7 +87,7 @@ def peak(kind: str, units: int, tokens: int) -> int:
     """How much a harvest makes a process grow at most, in bytes."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, json.dumps([kind, units, tokens])],
-        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False, env={**os.environ, **ENVIRONMENT},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
@@ -95,4 +104,4 @@ def test_ten_times_the_tokens_take_no_more_memory(kind: str) -> None:
 def test_a_unit_takes_what_is_kept_of_it(kind: str) -> None:
     few, many = 512, 4096
     growth = (peak(kind, many, 12_000) - peak(kind, few, 12_000)) / (many - few)
-    assert growth <= 2.5 * HELD[kind], f"{growth:.0f} bytes a unit, of which {HELD[kind]} are kept"
+    assert growth <= 2 * HELD[kind], f"{growth:.0f} bytes a unit, of which {HELD[kind]} are kept"
