@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 
+from tests.memory import measured, needs_proc
+
 MEASURE = """
-import ctypes, gc, json, random, string, sys, tempfile
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
+import random, string, tempfile
 from neuron_lens.autoencoders import Autoencoder, AutoencoderConfig, Site
 from neuron_lens.harvest.corpus import Corpus, Document, WindowShape
 from neuron_lens.harvest.run import HarvestSettings, harvest
@@ -23,11 +17,7 @@ from neuron_lens.harvest.sources import LatentSource, NeuronSource
 from neuron_lens.tokenizers import bytes_tokenizer
 from neuron_lens.transformer import Transformer, TransformerConfig
 
-def status(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
-
-kind, units, tokens = json.loads(sys.argv[1])
+kind, units, tokens = given
 tokenizer = bytes_tokenizer()
 config = TransformerConfig(n_layers=1, d_model=16, n_heads=2, d_mlp=units if kind == "neuron" else 32,
                            d_vocab=tokenizer.vocab_size, n_ctx=64)
@@ -51,12 +41,7 @@ settings = HarvestSettings(shape=WindowShape(length=16, context=16, row_length=6
 with tempfile.TemporaryDirectory() as folder:
     harvest(model, corpus(4000), [NeuronSource(model, 0)], Path(folder) / "warm", settings, progress=False)
     own = source()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = status("VmRSS")
-    harvest(model, corpus(tokens), [own], Path(folder) / "own", settings, progress=False)
-    print(status("VmHWM") - before)
+    print(growth(lambda: harvest(model, corpus(tokens), [own], Path(folder) / "own", settings, progress=False)))
 """
 
 # A unit's windows [slot, length] in float16 (top, fired and near misses), its entries in the sample, and its figures.
@@ -65,32 +50,13 @@ HELD = {
     "latent": (40 + 24 + 16) * 16 * 2 + 144 * 16 * 8 // 16 + 4000,
 }
 
-# One thread, one arena, and what is freed goes back to the system at once: by itself malloc keeps what it likes, and the
-# same harvest peaks anywhere from 65 to 118 MB.
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_TRIM_THRESHOLD_": "65536",
-}
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc"
-    ),
-]
+pytestmark = [pytest.mark.slow, needs_proc]
 
 
 @cache
 def peak(kind: str, units: int, tokens: int) -> int:
     """How much a harvest makes a process grow at most, in bytes."""
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, json.dumps([kind, units, tokens])],
-        capture_output=True, text=True, check=False, env={**os.environ, **ENVIRONMENT},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
+    return measured(MEASURE, [kind, units, tokens])
 
 
 @pytest.mark.parametrize("kind", ["neuron", "latent"])

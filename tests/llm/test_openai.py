@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -139,10 +138,9 @@ def test_retry_after_is_waited_for(serve: Serve) -> None:
 
 def test_a_retry_after_beyond_patience_is_not_waited_for(serve: Serve) -> None:
     server = serve(lambda body, attempt: error_reply(429, retry_after="3600"))
-    start = time.monotonic()
     result = only(judge(server), ask("x"))
     assert isinstance(result, Missing) and "3600 s" in result.reason
-    assert server.calls == 1 and time.monotonic() - start < 5
+    assert server.calls == 1
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])

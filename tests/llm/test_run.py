@@ -8,7 +8,6 @@ import statistics
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -195,9 +194,8 @@ def test_an_interrupted_run_ends_at_once_and_keeps_its_answers(tmp_path: Path) -
         assert process.stdout is not None
         for _ in range(6):
             assert process.stdout.readline() == "answered\n"
-        start = time.monotonic()
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
     assert out.endswith("interrupted\n") and err == ""
-    assert time.monotonic() - start < 10
+    assert out.count("answered") < 500  # of a thousand, two at a time
     assert len(RequestCache(tmp_path / "c")) >= 6 - 2
