@@ -3,9 +3,10 @@
     python scripts/harvest_memory.py --layers 12 --units 3072 --tokens 60000
     python scripts/harvest_memory.py --units 131072 --active 64 --tokens 20000 --open 4
 
-A random model is narrow (the forward takes no time), its units as many as asked for: neurons of every layer, or with
---active the latents of one layer's random top-k autoencoder. Peaks count mapped files, as the system does. With
---open, units are then read and explained in another process, as `neuron-lens explain` does.
+A random model is narrow (the forward takes no time; --width 768 is that of GPT-2 small), its units as many as asked
+for: neurons of every layer, or with --active the latents of one layer's random top-k autoencoder. Peaks count mapped
+files, as the system does. With --open, units are then read and explained in another process, as `neuron-lens explain`
+does.
 """
 
 from __future__ import annotations
@@ -24,8 +25,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-WIDTH = 32  # d_model
 
 
 def main() -> None:
@@ -49,6 +48,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--units", type=int, default=3072)
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--active", type=int, default=0, help="latents active at a token (0: neurons)")
+    parser.add_argument("--width", type=int, default=32, help="of the model (d_model)")
     parser.add_argument("--tokens", type=int, default=60_000)
     parser.add_argument("--length", type=int, default=64, help="of a window")
     parser.add_argument("--open", type=int, default=0, help="how many units to read and explain afterwards")
@@ -122,8 +122,9 @@ def _made(given: argparse.Namespace) -> tuple[Any, Any, list[Any], Any]:
     torch.set_num_threads(1)
     tokenizer = bytes_tokenizer()
     config = TransformerConfig(
-        name="narrow", n_layers=given.layers, d_model=WIDTH, n_heads=2, d_vocab=tokenizer.vocab_size, n_ctx=256,
-        d_mlp=4 * WIDTH if given.active else given.units,
+        name="random", n_layers=given.layers, d_model=given.width, n_heads=max(2, given.width // 64), n_ctx=256,
+        d_vocab=tokenizer.vocab_size,
+        d_mlp=4 * given.width if given.active else given.units,
     )  # fmt: skip
     model = Transformer(config, seed=0, tokenizer=tokenizer).eval().requires_grad_(False)
     draw = random.Random(0)
@@ -131,7 +132,7 @@ def _made(given: argparse.Namespace) -> tuple[Any, Any, list[Any], Any]:
     corpus = Corpus.of_documents([Document(f"{number}", text) for number, text in enumerate(texts)])
     if given.active:
         own = AutoencoderConfig(
-            d_in=WIDTH, d_latent=given.units, activation="topk", k=given.active,
+            d_in=given.width, d_latent=given.units, activation="topk", k=given.active,
             site_in=Site(path="resid.torso.post_mlp", layer=0),
         )  # fmt: skip
         autoencoder = Autoencoder(own, generator=torch.Generator().manual_seed(0)).requires_grad_(False)
