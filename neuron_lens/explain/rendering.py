@@ -19,6 +19,7 @@ __all__ = [
     "listed",
     "marked",
     "marks_for",
+    "quoted",
     "quoted_texts",
     "text_of",
     "visible",
@@ -74,11 +75,14 @@ def text_of(window: TokenWindow) -> str:
     return "".join(window.tokens)
 
 
+def quoted(text: str) -> str:
+    """A text as a JSON string: where it begins and ends cannot be mistaken."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def quoted_texts(texts: Iterable[str]) -> str:
-    """Texts as numbered JSON strings, one a line: where each begins and ends cannot be mistaken."""
-    return "\n".join(
-        f"{number}: {json.dumps(text, ensure_ascii=False)}" for number, text in enumerate(texts, 1)
-    )
+    """Texts as numbered JSON strings, one a line."""
+    return "\n".join(f"{number}: {quoted(text)}" for number, text in enumerate(texts, 1))
 
 
 def marks_for(windows: Iterable[TokenWindow]) -> tuple[str, str]:

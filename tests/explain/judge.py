@@ -73,6 +73,18 @@ class RuleJudge:
             for text in texts
         )
 
+    def graded_detection(self, request: Request) -> Response:
+        rule, text, asked = _single(request)
+        fits = self._holds(rule, asked, text)
+        return _sure(fits if rule else None, self._guess(asked, text, "sure"))
+
+    def graded_fuzzing(self, request: Request) -> Response:
+        rule, text, asked = _single(request)
+        marks = re.search(r"The marks are (\S+) and (\S+)\.", request.texts[-1])
+        assert marks is not None
+        fits = _right_marks(text, rule, marks[1], marks[2]) != self._errs(text) if rule else None
+        return _sure(fits, self._guess(asked, text, "sure"))
+
     def intruder(self, request: Request) -> str:
         rule, texts, asked = _parts(request)
         silent = [
@@ -210,6 +222,25 @@ def _parts(request: Request) -> tuple[Rule | None, list[str], str]:
     assert found is not None
     texts = [json.loads(line) for line in re.findall(r'^\d+: (".*")$', text, re.MULTILINE)]
     return RULES.get(found[1]), texts, found[1]
+
+
+def _single(request: Request) -> tuple[Rule | None, str, str]:
+    text = request.texts[-1]
+    asked = re.search(r"^Description: (.*)$", text, re.MULTILINE)
+    quoted = re.search(r'^Text: (".*")$', text, re.MULTILINE)
+    assert asked is not None and quoted is not None
+    return RULES.get(asked[1]), json.loads(quoted[1]), asked[1]
+
+
+def _sure(fits: bool | None, guessed: float) -> Response:
+    """Says yes to everything, and is surer where it should be; where it knows nothing it guesses."""
+    yes = guessed if fits is None else 0.6 + 0.3 * fits + 0.05 * guessed
+    shares = {"Yes": 0.7 * yes, " yes": 0.2 * yes, "No": 0.9 * (1 - yes), "Well": 0.1}
+    top = tuple(
+        TokenLogprob(token=word, logprob=math.log(max(share, 1e-9))) for word, share in shares.items()
+    )
+    first = TokenLogprobs(token="Yes", logprob=top[0].logprob, top=top)
+    return Response(text="Yes", finish_reason="length", tokens=(first,))
 
 
 def _right_marks(text: str, rule: Rule, begin: str, end: str) -> bool:

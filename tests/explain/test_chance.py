@@ -16,6 +16,8 @@ from neuron_lens.explain.scorers import (
     Detection,
     Embedding,
     Fuzzing,
+    GradedDetection,
+    GradedFuzzing,
     Intruder,
     Simulation,
     Surprisal,
@@ -57,6 +59,8 @@ UNITS = tuple(puzzle.evidence().unit for puzzle in puzzles()[:5])
 SCORERS: dict[str, BaseScorer] = {
     "detection": Detection(controls=False, batch=10),
     "fuzzing": Fuzzing(controls=False, batch=10),
+    "graded detection": GradedDetection(controls=False),
+    "graded fuzzing": GradedFuzzing(controls=False),
     "intruder": Intruder(controls=False),
     "simulation": Simulation(simulator=TextSimulator(), controls=False, n_firing=8, n_silent=8),
     "surprisal": Surprisal(controls=False, n_firing=10, n_silent=10),

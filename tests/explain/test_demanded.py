@@ -19,6 +19,8 @@ from neuron_lens.explain.scorers import (
     Detection,
     Embedding,
     Fuzzing,
+    GradedDetection,
+    GradedFuzzing,
     Intruder,
     ScorerResult,
     Simulation,
@@ -45,6 +47,8 @@ def rating(request: Request) -> str:
 ASKED: dict[str, tuple[BaseScorer, set[str]]] = {
     "detection": (Detection(), set()),
     "fuzzing": (Fuzzing(), set()),
+    "graded detection": (GradedDetection(), set()),
+    "graded fuzzing": (GradedFuzzing(), set()),
     "intruder": (Intruder(), set()),
     "simulation": (Simulation(), set()),
     "surprisal": (Surprisal(), set()),

@@ -21,6 +21,8 @@ from neuron_lens.explain.scorers import (
     Detection,
     Embedding,
     Fuzzing,
+    GradedDetection,
+    GradedFuzzing,
     Intruder,
     ScorerResult,
     Simulation,
@@ -50,6 +52,8 @@ PAIRED = ("surprisal", "causal by likelihood")  # of two calls a text both must 
 SCORERS: dict[str, BaseScorer] = {
     "detection": Detection(batch=2, controls=False),
     "fuzzing": Fuzzing(batch=2, controls=False),
+    "graded detection": GradedDetection(controls=False),
+    "graded fuzzing": GradedFuzzing(controls=False),
     "intruder": Intruder(controls=False),
     "simulation": Simulation(simulator=TextSimulator(), controls=False),
     "surprisal": Surprisal(controls=False),

@@ -15,6 +15,8 @@ from neuron_lens.explain.scorers import (
     Detection,
     Embedding,
     Fuzzing,
+    GradedDetection,
+    GradedFuzzing,
     Intruder,
     Simulation,
     Surprisal,
@@ -28,6 +30,8 @@ UNITS = tuple(puzzle.evidence().unit for puzzle in PUZZLES)
 SCORERS: dict[str, BaseScorer] = {
     "detection": Detection(batch=10),
     "fuzzing": Fuzzing(batch=10),
+    "graded detection": GradedDetection(n_firing=15, n_silent=15),
+    "graded fuzzing": GradedFuzzing(n_firing=15, n_silent=15),
     "intruder": Intruder(n_trials=12),
     "simulation all at once": Simulation(simulator=AllAtOnceSimulator(), n_firing=8, n_silent=6),
     "simulation by text": Simulation(simulator=TextSimulator(), calibration="linear", n_firing=8, n_silent=6),

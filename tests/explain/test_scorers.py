@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import json
+import math
 import re
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import neuron_lens.explain
-from neuron_lens.errors import RequestError
+from neuron_lens.errors import BackendError, RequestError
 from neuron_lens.explain.evidence import Part
 from neuron_lens.explain.plan import carry_out
 from neuron_lens.explain.puzzles import puzzle_named
@@ -23,6 +24,8 @@ from neuron_lens.explain.scorers import (
     Detection,
     Embedding,
     Fuzzing,
+    GradedDetection,
+    GradedFuzzing,
     Intruder,
     Scorer,
     ScorerResult,
@@ -31,11 +34,20 @@ from neuron_lens.explain.scorers import (
     scorer_named,
 )
 from neuron_lens.explain.scorers.examples import draw_examples
+from neuron_lens.explain.scorers.graded import probability_of_yes
 from neuron_lens.explain.scorers.outcome import binary_figures, judgements, ranking_figures
 from neuron_lens.explain.scorers.surprisal import surprisal_of
-from neuron_lens.llm import Missing, Request, Response, ScriptedBackend, TokenLogprobs
+from neuron_lens.llm import (
+    Capabilities,
+    Missing,
+    Request,
+    Response,
+    ScriptedBackend,
+    TokenLogprob,
+    TokenLogprobs,
+)
 
-from .judge import rule_judge
+from .judge import RuleJudge, rule_judge
 
 ANIMALS = puzzle_named("animals")
 EVIDENCE = ANIMALS.evidence()
@@ -201,6 +213,41 @@ def test_wrong_marks_are_as_many_as_right_ones_and_never_at_firing_tokens() -> N
             wrong_in_firing += bool(fired)
     assert len(right) == 25 and len(wrong) == 25 and 10 <= wrong_in_firing <= 13
     assert np.mean(wrong) == pytest.approx(np.mean(right), abs=0.35)
+
+
+def test_a_yes_is_its_share_of_yes_and_no_however_they_are_written() -> None:
+    def said(**shares: float) -> Response:
+        top = tuple(TokenLogprob(token=word, logprob=math.log(share)) for word, share in shares.items())
+        return Response(text="", tokens=(TokenLogprobs(token=top[0].token, logprob=top[0].logprob, top=top),))
+
+    assert probability_of_yes(said(Yes=0.3, **{" yes": 0.1, "NO": 0.1, "Well": 0.5})) == pytest.approx(0.8)
+    assert probability_of_yes(said(no=0.9)) == 0.0 and probability_of_yes(said(yes=1e-6)) == 1.0
+    assert probability_of_yes(said(Well=0.9, yesterday=0.1)) is None
+    assert probability_of_yes(Response(text="yes")) is None
+    assert probability_of_yes(Response(text="", tokens=())) is None
+    assert probability_of_yes(Missing(kind="failed", reason="gone")) is None
+
+
+def test_a_judge_that_always_says_yes_is_told_by_how_sure_it_is() -> None:
+    result = GradedDetection().score(EVIDENCE, ANIMALS.explanation, rule_judge(), seed=0)
+    assert result.headline == "auc" and result.score.value == 1.0
+    assert result.controls[0].scores["auc"].value != 1.0
+    with pytest.raises(BackendError, match="'graded_detection' needs logprobs"):
+        mute = ScriptedBackend(RuleJudge(), capabilities=Capabilities(json_schema=True))
+        GradedDetection().score(EVIDENCE, "x", mute, seed=0)
+
+
+def test_the_same_markings_are_graded_as_are_answered_by_yes_and_no() -> None:
+    asked: dict[str, set[str]] = {}
+    for scorer in (Fuzzing(controls=False, batch=1), GradedFuzzing(controls=False)):
+        judge = rule_judge()
+        scorer.score(EVIDENCE, ANIMALS.explanation, judge, seed=5)
+        asked[scorer.name] = {
+            json.loads(found)
+            for request in judge.requests
+            for found in re.findall(r'^(?:1|Text): (".*")$', request.texts[-1], re.MULTILINE)
+        }
+    assert asked["fuzzing"] == asked["graded_fuzzing"] and len(asked["fuzzing"]) == 50
 
 
 def test_surprisal_is_over_the_texts_own_tokens() -> None:

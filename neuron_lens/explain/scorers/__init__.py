@@ -2,6 +2,8 @@
 
 detection         does it fire anywhere in this text?                          any chat judge
 fuzzing           are these the tokens it fires at?                            any chat judge
+graded_detection, graded_fuzzing
+                  the same, by the probability of "yes"                        a chat judge with logprobs
 intruder          in which of these texts does it not fire?                    any chat judge
 simulation        how strongly does it fire at each token?                     any chat judge, or prompt_logprobs
 ablate_to_simulation
@@ -38,6 +40,7 @@ from neuron_lens.explain.scorers.embedders import (
 )
 from neuron_lens.explain.scorers.embedding import Embedding
 from neuron_lens.explain.scorers.fuzzing import Fuzzing
+from neuron_lens.explain.scorers.graded import GradedDetection, GradedFuzzing
 from neuron_lens.explain.scorers.intruder import Intruder
 from neuron_lens.explain.scorers.simulation import Simulation
 from neuron_lens.explain.scorers.surprisal import Surprisal
@@ -60,6 +63,8 @@ __all__ = [
     "Embedding",
     "EmbeddingEndpoint",
     "Fuzzing",
+    "GradedDetection",
+    "GradedFuzzing",
     "Intruder",
     "QuantileScore",
     "Remembered",
@@ -79,6 +84,8 @@ SCORERS: dict[str, type[BaseScorer]] = {
     for scorer in (
         Detection,
         Fuzzing,
+        GradedDetection,
+        GradedFuzzing,
         Intruder,
         Simulation,
         AblateToSimulation,
