@@ -37,7 +37,7 @@ def add(subparsers: Any) -> None:
     add_who(parser)
     parser.add_argument(
         "--scorers", default="detection,fuzzing", metavar="A,B,…",
-        help="detection, fuzzing, intruder, simulation, surprisal (default: the first two)",
+        help="detection, fuzzing, graded_detection, graded_fuzzing, intruder, simulation, surprisal (default: the first two)",
     )  # fmt: skip
     parser.add_argument(
         "--puzzles", type=int, metavar="N", help="only the first N planted units (default: all)"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from neuron_lens.explain.pipeline import Pipeline
     from neuron_lens.explain.result import RunResult
     from neuron_lens.explain.scorers import BaseScorer
-    from neuron_lens.llm import Backend, Budget, BudgetExceeded, Price
+    from neuron_lens.llm import Backend, Budget, BudgetExceeded, Capabilities, Price
     from neuron_lens.records import Unit
 
 __all__ = [
@@ -58,8 +58,8 @@ def add_judge_options(parser: argparse.ArgumentParser, *, explains: bool) -> Non
         )  # fmt: skip
     group.add_argument(
         "--scorers", default="", metavar="A,B,…",
-        help="detection, fuzzing, intruder, simulation, ablate_to_simulation, attention_pairs, causal, surprisal, "
-        "embedding; the first one chooses among candidates",
+        help="detection, fuzzing, graded_detection, graded_fuzzing, intruder, simulation, ablate_to_simulation, "
+        "attention_pairs, causal, surprisal, embedding; the first one chooses among candidates",
     )  # fmt: skip
     group.add_argument(
         "--embedder", metavar="WHO",
@@ -67,16 +67,21 @@ def add_judge_options(parser: argparse.ArgumentParser, *, explains: bool) -> Non
         "embeddings endpoint)",
     )  # fmt: skip
     group.add_argument("--judge", metavar="WHO", help=_WHO)
-    _add_limits(group)
+    _add_asking(group)
 
 
 def add_who(parser: argparse.ArgumentParser) -> None:
-    """The judge by itself, and what it may take."""
+    """The judge by itself, how it is asked, and what it may take."""
     parser.add_argument("judge", metavar="WHO", help=_WHO)
-    _add_limits(parser.add_argument_group("limits"))
+    _add_asking(parser.add_argument_group("asking"))
 
 
-def _add_limits(group: argparse._ArgumentGroup) -> None:
+def _add_asking(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--capabilities", metavar="A,B,…",
+        help="what an openai: judge can do (default: chat,logprobs,json_schema); vLLM's servers do "
+        "chat,logprobs,json_schema,completion,prompt_logprobs",
+    )  # fmt: skip
     group.add_argument("--concurrency", type=int, default=8, metavar="N", help="calls at once (default: 8)")
     group.add_argument(
         "--dry-run", action="store_true", help="say how many calls, tokens and what cost; ask nothing"
@@ -186,6 +191,12 @@ def _budget(arguments: argparse.Namespace) -> Budget | None:
     return Budget(max_cost=arguments.budget, max_calls=arguments.max_calls, price=price)
 
 
+def _capabilities(text: str | None) -> Capabilities | None:
+    from neuron_lens.llm import Capabilities
+
+    return None if text is None else Capabilities.of(filter(None, map(str.strip, text.split(","))))
+
+
 def backend_of(arguments: argparse.Namespace) -> Backend | None:
     """The judge that was named, or None."""
     if arguments.judge is None:
@@ -193,10 +204,15 @@ def backend_of(arguments: argparse.Namespace) -> Backend | None:
     from neuron_lens.llm import LocalBackend, OpenAIBackend, ScriptedBackend
 
     kind, _, who = arguments.judge.partition(":")
+    if arguments.capabilities is not None and kind != "openai":
+        raise RequestError("--capabilities goes with --judge openai:…; other judges know what they can do")
     budget = _budget(arguments)
     if kind == "openai" and who:
         name, _, url = who.partition("@")
-        return OpenAIBackend(name, base_url=url or None, concurrency=arguments.concurrency, budget=budget)
+        return OpenAIBackend(
+            name, base_url=url or None, capabilities=_capabilities(arguments.capabilities),
+            concurrency=arguments.concurrency, budget=budget,
+        )  # fmt: skip
     if kind == "local" and who:
         from neuron_lens.transformer import Transformer
 

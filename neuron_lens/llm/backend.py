@@ -52,6 +52,12 @@ class Capabilities(BaseModel):
         """The capabilities that are there or not."""
         return tuple(name for name, field in cls.model_fields.items() if field.annotation is bool)
 
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Capabilities:
+        """Exactly those named. Raises BackendError for a name that is no capability."""
+        none = cls(chat=False)
+        return none.model_copy(update=dict.fromkeys(none.lacking(names), True))
+
     def needed_by(self, request: Request) -> tuple[str, ...]:
         """What `request` needs, by name."""
         needs = {

@@ -42,7 +42,7 @@ class OpenAIBackend(AttemptingBackend):
         model: the model's name at the endpoint.
         base_url: "http://localhost:8000/v1", for example; None for `OPENAI_BASE_URL`, else OpenAI itself.
         api_key: None for `OPENAI_API_KEY`; endpoints other than OpenAI's need none. Never stored or shown.
-        capabilities: what this endpoint and model can do; the default is a chat with log-probabilities and JSON
+        capabilities: what this endpoint and model can do; None is a chat with log-probabilities and JSON
             schemas. Take care to declare no more than is true.
         concurrency, retry, budget: see `AttemptingBackend`.
         timeout: seconds one attempt may take.
@@ -60,7 +60,7 @@ class OpenAIBackend(AttemptingBackend):
         *,
         base_url: str | None = None,
         api_key: str | None = None,
-        capabilities: Capabilities = _CHAT,
+        capabilities: Capabilities | None = None,
         concurrency: int = 8,
         retry: Retry | None = None,
         budget: Budget | None = None,
@@ -72,7 +72,7 @@ class OpenAIBackend(AttemptingBackend):
         super().__init__(
             kind="openai",
             model=model,
-            capabilities=capabilities,
+            capabilities=capabilities or _CHAT,
             concurrency=concurrency,
             retry=retry,
             budget=budget,

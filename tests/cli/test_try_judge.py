@@ -45,6 +45,7 @@ def test_a_judge_is_tried_and_its_answers_are_kept(
         (["--scorers", "detektion"], "did you mean 'detection'"),
         (["--scorers", ","], "at least one of each"),
         (["--batch", "0"], "batch=0"),
+        (["--capabilities", "chat"], "goes with --judge openai"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -52,6 +53,20 @@ def test_bad_input_is_one_line(
 ) -> None:
     assert main(["judge", KNOWS, "--out", str(tmp_path), *options]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_what_an_endpoint_can_do_is_what_it_is_said_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is listening at this address: nothing is asked."""
+    command = ["judge", "openai:words@http://127.0.0.1:9/v1", "--puzzles", "1", "--dry-run", "--quiet"]
+    command += ["--out", str(tmp_path), "--scorers", "surprisal"]
+    assert main(command) == 2
+    assert "needs completion, prompt_logprobs" in capsys.readouterr().err
+    assert main([*command, "--capabilities", "completion, prompt_logprobs"]) == 0
+    assert "1 planted units: " in capsys.readouterr().out
+    assert main([*command, "--capabilities", "completion,promptlogprobs"]) == 2
+    assert "did you mean 'prompt_logprobs'" in capsys.readouterr().err
 
 
 def test_the_package_runs_as_a_module() -> None:
