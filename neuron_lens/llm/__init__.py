@@ -1,6 +1,6 @@
 """Judges: language models asked by text, wherever they run. Needs neither torch nor the `openai` package to import.
 
-Reading order: request, backend, retry, budget, cache, then the backends (openai, local, scripted), structured, run.
+Reading order: request, answer_file, backend, retry, budget, cache, then the backends (openai, local, scripted), structured, run.
 """
 
 from __future__ import annotations

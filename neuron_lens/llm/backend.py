@@ -7,8 +7,6 @@ to a budget, counting every attempt. A cache goes around the outside (`CachedBac
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
@@ -16,6 +14,7 @@ from typing import Protocol, runtime_checkable
 from pydantic import BaseModel, ConfigDict, Field
 
 from neuron_lens.errors import BackendError, did_you_mean
+from neuron_lens.llm.answer_file import key_of
 from neuron_lens.llm.budget import Budget
 from neuron_lens.llm.request import Request, Response
 from neuron_lens.llm.retry import Retry, TransientFailure, retrying
@@ -204,9 +203,5 @@ def require(backend: Backend, capabilities: Iterable[str], what_for: str) -> Non
 
 
 def request_key(backend: Backend, request: Request) -> str:
-    """What an answer is stored under: SHA-256 over the whole request, its prompt's version, and who answers.
-
-    [hex, 64 characters]
-    """
-    parts = [_KEY_VERSION, backend.kind, backend.identity, request.canonical]
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
+    """What an answer is stored under: over the whole request, its prompt's version, and who answers. See `key_of`."""
+    return key_of(_KEY_VERSION, backend.kind, backend.identity, request.canonical)

@@ -100,6 +100,13 @@ def test_the_key_covers_all_that_can_change_an_answer() -> None:
     assert request_key(backends[0], ask("x", **base)) in keys
 
 
+def test_the_keys_of_answers_paid_for_stay_what_they_are() -> None:
+    """Another key for the same request would have every folder's answers paid for again."""
+    request = ask("naïve \ud800", temperature=0.5, max_tokens=5, seed=1, stop=("x",), prompt_version="a@1")
+    found = request_key(ScriptedBackend(upper, name="one"), request)
+    assert found == "1120ef9c60779f4d584efe7bff5c342e7aa5d676bcd78c8a5f4bca8fc41bae3e"
+
+
 def test_failures_are_not_kept_and_refusals_are(tmp_path: Path) -> None:
     failing = ScriptedBackend(upper, faults=RandomFaults(1.0, ["bad_request"]))
     (result,) = run_all(CachedBackend(failing, tmp_path / "c"), [ask("a")], progress=False)
@@ -138,6 +145,11 @@ def test_other_files_are_refused_and_left_alone(tmp_path: Path) -> None:
         connection.execute("CREATE TABLE mine (a)")
     connection.close()
     with pytest.raises(BackendError, match="1 tables"):
+        RequestCache(other)
+    with sqlite3.connect(other) as connection:  # the same number by chance
+        connection.execute(f"PRAGMA user_version = {RequestCache.format}")
+    connection.close()
+    with pytest.raises(BackendError, match=r"not a request cache .* \(mine\)"):
         RequestCache(other)
     assert text.read_text().startswith("these are my notes")
 
