@@ -21,7 +21,7 @@ __all__ = ["add", "print_run", "run", "summary_table"]
 
 _COLUMNS = "{:<18}{:<22}{:>8}{:>9}{:>6}{:>8}  {}"
 
-_JUDGED = "{:<18}{:<34}{:<24}{:>8}{:>8}{:>10}"
+_JUDGED = "{:<18}{:<36}{:<24}{:>8}{:>8}{:>10}"
 
 _EXAMPLES = """\
 examples:
@@ -35,6 +35,7 @@ examples:
   neuron-lens explain pico --layer 2 --directions probes.npy    vectors [width] or [n, width] of the stream
   neuron-lens explain pico --corpus src/ 'notes/*.md'  on other text
   neuron-lens explain pico --corpus rows.jsonl --text-key body  rows whose text is under another key
+  neuron-lens explain pico --scorers ablate_to_simulation       does the model do the same with what the rule says?
 
 with a judge, whose answers are kept: what was stopped goes on, and nothing is asked twice
   neuron-lens explain gpt2 --layer 6 --neurons 0:64 --explainer max_activating --scorers detection,fuzzing \\

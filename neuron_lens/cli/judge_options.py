@@ -59,7 +59,8 @@ def add_judge_options(parser: argparse.ArgumentParser, *, explains: bool) -> Non
     group.add_argument(
         "--scorers", default="", metavar="A,B,…",
         help="detection, fuzzing, graded_detection, graded_fuzzing, intruder, simulation, ablate_to_simulation, "
-        "attention_pairs, causal, surprisal, embedding; the first one chooses among candidates",
+        "attention_pairs, causal, surprisal, embedding; the first one chooses among candidates. Without a judge: embedding, "
+        "and ablate_to_simulation of rules (token_statistics)",
     )  # fmt: skip
     group.add_argument(
         "--embedder", metavar="WHO",

@@ -1,4 +1,4 @@
-"""`neuron-lens score`: score the explanations a run folder holds, by a judge."""
+"""`neuron-lens score`: score the explanations a run folder holds, by a judge or without one."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from neuron_lens.errors import RequestError
 __all__ = ["add", "run"]
 
 _EXAMPLES = """\
-example:
+examples:
   neuron-lens explain pico --layer 2 --neurons 0:16 --out run
   neuron-lens score run --scorers detection,fuzzing --judge openai:MODEL@http://localhost:8000/v1
+  neuron-lens score run --scorers ablate_to_simulation     without a judge: the rules of token statistics simulate
 """
 
 
@@ -24,7 +25,7 @@ def add(subparsers: Any) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "score",
-        help="score the explanations of a run folder by a judge",
+        help="score the explanations of a run folder, by a judge or without one",
         description="Score every explanation of a run folder. Scores that are there already are not made again.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -118,7 +118,7 @@ class Judging:
                     continue
                 own.append(len(plans))
                 plans.append(plan)
-                if isinstance(scorer, Simulation):
+                if isinstance(scorer, Simulation) and explanation.predicate is None:
                     simulated = len(shown)
                     shown.append(scorer.shown(evidence, sentence, self.backend, self.seed))
             places.append((own, simulated, unscored))

@@ -211,8 +211,10 @@ class Pipeline(NamesUnits):
 
     def _require_judge(self) -> None:
         """Refuse before any work what would be refused after it."""
+        if self.backend is None and self._scorers and self._method.name == TokenStatistics.name:
+            self._scorers = tuple(scorer.by_rule() for scorer in self._scorers)
         asking = [] if self._explainer is None else [f"the explainer {self._explainer.name!r}"]
-        asking += [f"the scorer {scorer.name!r}" for scorer in self._scorers if scorer.needs]
+        asking += [f"the scorer {scorer.name!r}" for scorer in self._scorers if scorer.asks]
         if self.backend is None and asking:
             raise RequestError(
                 f"{asking[0]} asks a judge: give it a backend (by command: --judge; see neuron_lens.llm)"

@@ -55,7 +55,7 @@ class Method(Record):
             prompt, judge = prompt_named(part.name).version, described(backend)
         elif isinstance(part, BaseScorer):
             prompt = part.prompt(backend)
-            judge = described(backend) if part.needs else ""
+            judge = described(backend) if part.asks else ""
         fields = dataclasses.fields(part) if dataclasses.is_dataclass(part) else ()
         options = {field.name: _plain(getattr(part, field.name)) for field in fields}
         kept = {name: value for name, value in options.items() if value is not None}

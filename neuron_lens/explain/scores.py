@@ -42,6 +42,7 @@ Bools = NDArray[np.bool_]
 MINIMUM_COVERAGE = 0.5  # below this share of windows with a prediction, there is no score
 RESAMPLES = 1000
 AUC_RESAMPLES = 200
+_DECIMALS = 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,18 +191,29 @@ def mean_score(values: Floats, weights: Floats, planned: int, seed: int) -> Scor
 
 
 def from_sums(
-    sums: Floats, figure: Callable[[Floats], Floats], *, given: Bools, n: int | None = None, seed: int
+    sums: Floats,
+    figure: Callable[[Floats], Floats],
+    *,
+    given: Bools,
+    n: int | None = None,
+    seed: int,
+    decimals: int = _DECIMALS,
 ) -> Score:
     """A figure of sums over windows, with its interval.
 
     `sums` `[window, quantity]`; windows that are not `given` do not enter. `figure` takes summed quantities
     `[resample, quantity]` and gives `[resample]`, NaN where there is none. `n`: what the figure rests on (default: the
-    windows).
+    windows). `decimals` are kept: more of a figure that is small by nature.
     """
     kept = sums[given]
     n = int(given.sum()) if n is None else n
     return _interval_of(
-        lambda weights: figure(weights @ kept), given=given, n=n, resamples=RESAMPLES, seed=seed
+        lambda weights: figure(weights @ kept),
+        given=given,
+        n=n,
+        resamples=RESAMPLES,
+        seed=seed,
+        decimals=decimals,
     )
 
 
@@ -245,7 +257,13 @@ def _interval(
 
 
 def _interval_of(
-    figure: Callable[[Floats], Floats], *, given: Bools, n: int, resamples: int, seed: int
+    figure: Callable[[Floats], Floats],
+    *,
+    given: Bools,
+    n: int,
+    resamples: int,
+    seed: int,
+    decimals: int = _DECIMALS,
 ) -> Score:
     n_windows = int(given.sum())
     coverage = _share(n_windows, len(given))
@@ -260,7 +278,7 @@ def _interval_of(
     tail = _tail(n_windows)
     low, high = np.quantile(resampled, [tail, 1 - tail])
     return Score(
-        value=round(value, 6), low=round(float(low), 6), high=round(float(high), 6),
+        value=round(value, decimals), low=round(float(low), decimals), high=round(float(high), decimals),
         n=n, n_windows=n_windows, coverage=coverage,
     )  # fmt: skip
 

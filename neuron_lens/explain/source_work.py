@@ -29,9 +29,12 @@ from neuron_lens.explain.scorers import (
     Effects,
     Remembered,
     SimulatedDivergences,
+    Simulation,
 )
 from neuron_lens.explain.scores import mean_score
+from neuron_lens.explain.simulators import RuleSimulator
 from neuron_lens.explain.unit import ExplainedUnit, UnitWindows, explain_windows
+from neuron_lens.records import Unit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -216,6 +219,11 @@ class SourceWork:
     def _divergences(self) -> SimulatedDivergences:
         return Remembered(self._unit_effects.simulated)
 
+    def _rules(self, unit: Unit) -> RuleSimulator:
+        """What token statistics say of a unit and of its control, as rules; said in the same words, the unit's own."""
+        pair = self.explained(self.partner(unit.index)), self.explained(unit.index)
+        return RuleSimulator({one.explanation.sentence: one.simulated for one in pair})
+
     def evidence(self, index: int) -> Evidence:
         """What explainers and scorers that ask a judge see of a unit."""
         promoted, suppressed = self.output_tokens(index)
@@ -270,7 +278,9 @@ class SourceWork:
 
     def equipped(self, scorer: BaseScorer, seed: int) -> BaseScorer:
         """The scorer with what it takes of this source and its model, where it takes something and has none: effects,
-        other units that fire to compare with, divergences."""
+        other units that fire to compare with, divergences, rules."""
+        if isinstance(scorer, Simulation):
+            scorer = replace(scorer, rules=scorer.rules or self._rules)
         if isinstance(scorer, AblateToSimulation):
             return replace(scorer, divergences=scorer.divergences or self._divergences)
         if not isinstance(scorer, Causal):

@@ -187,6 +187,15 @@ class ExplainedUnit:
             random=test.random,
         )
 
+    def simulated(self, window: TokenWindow) -> tuple[float, ...]:
+        """What the explanation predicts at each token of a window, as it is scored.
+
+        Of any window of the group of units, those of others too. Raises RequestError for one that was not kept.
+        """
+        rows = self.held.windows.rows_of([window.document_index], [window.start])
+        predicted = np.broadcast_to(self.fitted.predict(rows), (1, self.held.windows.length))
+        return tuple(predicted[0, : len(window.tokens)].tolist())
+
     def scores(self, seed: int) -> dict[str, Score]:
         """The explanation's scores on the test windows."""
         return score_all(self.predictions(), self.firing_threshold, self.explanation.firing_threshold, seed)

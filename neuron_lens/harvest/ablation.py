@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 _AT_ONCE = 8  # windows whose predictions at every token are in memory together
+_FAR = 80.0  # a change of log-probability whose exponential float32 still holds
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,9 +192,15 @@ def simulated_divergences(
 
 
 def _jensen_shannon(a: Tensor, b: Tensor) -> Tensor:
-    """Of log-probabilities `[..., d_vocab]`, nats `[...]`; not below 0 by rounding."""
-    middle = torch.logaddexp(a, b) - float(np.log(2))
-    return ((divergences(a, middle) + divergences(b, middle)) / 2).clamp(min=0)
+    """Of log-probabilities `[..., d_vocab]`, nats `[...]`; not below 0 by rounding.
+
+    With p and q of a token, d = log q - log p and l = log((p + q) / 2p), this is half the sum of q d - (p + q) l: summed
+    as two divergences from the middle, what one unit does would lie near the rounding errors of what cancels.
+    """
+    change = (b - a).clamp(-_FAR, _FAR)
+    middle = torch.log1p(torch.expm1(change) / 2)
+    q = b.exp()
+    return ((q * change - (a.exp() + q) * middle).sum(-1) / 2).clamp(min=0)
 
 
 def _compare(intact: Tensor, ablated: Tensor, target: Tensor, counted: Tensor) -> AblatedTokens:

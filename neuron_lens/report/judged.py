@@ -1,4 +1,4 @@
-"""What judges say of an explanation: every scorer beside its controls; the candidates; the baseline; similar units."""
+"""What scorers say of an explanation, most of which ask a judge: every scorer beside its controls; the candidates; the baseline; similar units."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from neuron_lens.report.tables import table
 from neuron_lens.report.words import (
     control_words,
     decimals,
+    figure,
     number,
     percent,
     score_interval,
@@ -19,11 +20,16 @@ from neuron_lens.report.words import (
     sentence_html,
 )
 
-__all__ = ["baseline_section", "candidates_section", "judged_section", "similar_section"]
+__all__ = ["asked_a_judge", "baseline_section", "candidates_section", "judged_section", "similar_section"]
+
+
+def asked_a_judge(result: UnitResult) -> bool:
+    """Whether any score comes from a judge."""
+    return any(one.backend for one in result.judged)
 
 
 def judged_section(result: UnitResult) -> Html | None:
-    """The scorers that asked a judge, one after the other; what does not apply is said to."""
+    """The scorers, one after the other; what does not apply is said to."""
     if not result.judged and not result.unscored:
         return None
     note = (
@@ -31,9 +37,14 @@ def judged_section(result: UnitResult) -> Html | None:
         "same questions with an explanation that should not work, and the answers dealt to other windows. The dashed "
         "line is chance; failed answers are missing, not wrong."
     )
+    if not asked_a_judge(result):
+        note = (
+            "No judge was asked. Beside each figure: the same for an explanation that should not work, and for the "
+            "predictions dealt to other places. The dashed line is chance."
+        )
     refused = [element("li", element("strong", name), f": {why}") for name, why in result.unscored.items()]
     return fragment(
-        element("h2", "Scores by a judge"),
+        element("h2", "Scores by a judge" if asked_a_judge(result) else "Further scores"),
         element("p", note, class_="note"),
         [_scorer(one) for one in result.judged],
         fragment(element("h3", "Not applicable"), element("ul", refused)) if refused else None,
@@ -42,7 +53,7 @@ def judged_section(result: UnitResult) -> Html | None:
 
 def _scorer(result: ScorerResult) -> Html:
     title = result.scorer.replace("_", " ").capitalize()
-    figure = score_words(result.headline)[0]
+    headline = score_words(result.headline)[0]
     estimates = [_estimate("this explanation", result.score, "main")]
     estimates += [
         _estimate(control_words(control.name), control.scores.get(result.headline), "control")
@@ -52,9 +63,9 @@ def _scorer(result: ScorerResult) -> Html:
     about += [f"{count} {kind}" for kind, count in result.missing.items()]
     about += [text for text in (result.method, result.prompt) if text]
     about.append(f"coverage {percent(result.score.coverage)}")
-    chart = interval_svg(estimates, title=f"{title}: {figure}, with 95 % intervals", reference=result.chance)
+    chart = interval_svg(estimates, title=f"{title}: {headline}, with 95 % intervals", reference=result.chance)
     return fragment(
-        element("h3", f"{title}: {figure.lower()}"),
+        element("h3", f"{title}: {headline.lower()}"),
         element("figure", chart),
         element("p", " · ".join(about), class_="note"),
         [element("p", note, class_="note") for note in result.notes],
@@ -76,7 +87,7 @@ def _figures(result: ScorerResult) -> Html:
         for label, scores in said:
             score = scores.get(name)
             if score is not None:
-                figures = [decimals(score.value, 3), score_interval(score), f"{score.n_windows:,}"]
+                figures = [figure(score.value, 3), score_interval(score), f"{score.n_windows:,}"]
                 rows.append([score_words(name)[0], label, *figures, percent(score.coverage)])
     heads = ["Score", "Explanation", "Value", "95 % interval", "Windows", "Coverage"]
     return table(heads, rows, figures=frozenset(range(2, 6)))

@@ -14,7 +14,13 @@ from neuron_lens.explain.result import Control, Score, UnitResult
 from neuron_lens.report.charts import Estimate, histogram_svg, interval_svg
 from neuron_lens.report.effects import effect_section, rules_section, weight_tokens_section
 from neuron_lens.report.html import Child, Html, element, fragment
-from neuron_lens.report.judged import baseline_section, candidates_section, judged_section, similar_section
+from neuron_lens.report.judged import (
+    asked_a_judge,
+    baseline_section,
+    candidates_section,
+    judged_section,
+    similar_section,
+)
 from neuron_lens.report.tables import fact_list, table
 from neuron_lens.report.windows import windows_section
 from neuron_lens.report.words import (
@@ -42,7 +48,7 @@ def unit_body(result: UnitResult, *, index_href: str | None, linked: Collection[
         crumbs += [", direction " if unit.kind == "direction" else ", of ", element("code", unit.dictionary)]
     sections = [
         ("scores", "Scores", _scores(result) if result.scores else None),
-        ("judged", "Judge", judged_section(result)),
+        ("judged", "Judge" if asked_a_judge(result) else "Further scores", judged_section(result)),
         ("candidates", "Candidates", candidates_section(result.explanation)),
         ("windows", "Text", windows_section(result)),
         ("activations", "Activations", _activations(result)),

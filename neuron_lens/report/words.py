@@ -11,6 +11,7 @@ from neuron_lens.report.html import Html, element, fragment
 __all__ = [
     "control_words",
     "decimals",
+    "figure",
     "interval_text",
     "number",
     "percent",
@@ -31,6 +32,9 @@ SCORE_WORDS: dict[str, tuple[str, float]] = {
     "ev_correlation_score": ("Correlation of the simulation", 0.0),
     "rsquared_score": ("R² (against zero)", 0.0),
     "absolute_dev_explained_score": ("Absolute deviation explained", 0.0),
+    "ablation_score": ("Effect kept by the simulation", 0.0),
+    "moved_by_simulation": ("Predictions moved by the simulation (nats)", 0.0),
+    "moved_by_mean": ("Predictions moved by the mean (nats)", 0.0),
     "precision_at_density": ("Precision at the unit's density", 0.0),
 }
 
@@ -86,6 +90,12 @@ def decimals(value: float | None, digits: int = 2) -> str:
     return f"{value:.{digits}f}".replace("-", "−")
 
 
+def figure(value: float | None, digits: int = 2) -> str:
+    """As `decimals`, or, where these would show nothing of it, three significant digits."""
+    shown = decimals(value, digits)
+    return number(value) if value and not shown.strip("−0.") else shown
+
+
 def interval_text(value: float | None, low: float | None, high: float | None, digits: int = 2) -> str:
     """`0.83 [0.78, 0.87]`; an en dash where nothing was measured, no brackets where there is no interval."""
     if value is None or low is None or high is None:
@@ -99,4 +109,5 @@ def score_interval(score: Score) -> str:
         return "not computed"
     if score.low is None or score.high is None:
         return "no interval"
-    return f"[{decimals(score.low)}, {decimals(score.high)}]"
+    said = decimals if decimals(score.high).strip("−0.") or decimals(score.low).strip("−0.") else figure
+    return f"[{said(score.low)}, {said(score.high)}]"

@@ -7,7 +7,7 @@ graded_detection, graded_fuzzing
 intruder          in which of these texts does it not fire?                    any chat judge
 simulation        how strongly does it fire at each token?                     any chat judge, or prompt_logprobs
 ablate_to_simulation
-                  does the model do the same with the simulation in its place? as simulation, and the model itself
+                  does the model do the same with the simulation in its place? as simulation (or a rule), and the model
 attention_pairs   does the head act from this token on that one?               any chat judge; heads
 causal            are these its effects on the prediction?                     any chat judge or prompt_logprobs, and
                                                                                the model itself

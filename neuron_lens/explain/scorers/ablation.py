@@ -8,14 +8,15 @@ with it set to its mean,
 
 with the Jensen-Shannon divergence averaged over the tokens of a window, and the mean over windows. 1: the model does not
 notice the difference; 0: the simulation is worth no more than the mean; below 0: it does harm. The model comes from
-outside (`harvest.effects.UnitEffects.simulated`); no call is made but those of the simulation.
+outside (`harvest.effects.UnitEffects.simulated`); no call is made but those of the simulation, and none where the
+explanation carries a rule, which simulates by itself (`by_rule`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ from neuron_lens.explain.scorer_result import Demanded
 from neuron_lens.explain.scorers.outcome import Outcome, ratio, without_value
 from neuron_lens.explain.scorers.simulation import SimulatedWindows, Simulation
 from neuron_lens.explain.scores import from_sums
+from neuron_lens.explain.simulators import RuleSimulator
 from neuron_lens.llm import Backend
 from neuron_lens.records import Unit, WindowId
 
@@ -40,6 +42,8 @@ SimulatedDivergences = Callable[[Unit, Sequence[WindowId], Floats], Floats]
 
 _NO_FIRING = "predictions of the model are compared, not of where the unit fires: nothing gets a yes"
 _WINDOWS = 4096  # that are remembered
+_DECIMALS = 12  # one unit of many moves predictions by millionths of a nat
+_ROUNDING = 1e-10  # nats a token: below, predictions differ by rounding only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +52,7 @@ class AblateToSimulation(Simulation):
 
     ablation_score        the formula; 0 for a simulation that is the mean everywhere, and less for noise
     moved_by_simulation   the mean divergence with the simulation in place (nats a token)
-    moved_by_mean         the same with the mean in place: what there is to explain
+    moved_by_mean         the same with the mean in place: what there is to explain; where it is nothing, there is no score
 
     At tokens without a prediction the unit is left as it is, in both. Raises RequestError without `divergences`, and for
     attention heads, whose activation is the norm of a vector: nothing says in which direction it should be set.
@@ -78,6 +82,28 @@ class AblateToSimulation(Simulation):
                 "harvest.effects.UnitEffects.simulated"
             )
 
+    def by_rule(self) -> Self:
+        """With the rule as simulator, where a judge would have been."""
+        return replace(self, simulator=RuleSimulator(), calibration="none") if self.asks else self
+
+    def rehearsed(self) -> Self:
+        """The model is not run."""
+        return replace(self, divergences=lambda unit, windows, simulated: np.zeros((len(windows), 2)))
+
+    def notes(self, outcome: Outcome, evidence: Evidence) -> tuple[str, ...]:
+        """Besides: a unit that has no effect."""
+        said = super().notes(outcome, evidence)
+        assert isinstance(outcome, SimulatedWindows), "made by ask"
+        if outcome.calibration.refused or not outcome.given.any():
+            return said
+        if _has_effect(self._moved(outcome, evidence)[outcome.given]):
+            return said
+        return (
+            *said,
+            "with the unit set to its mean the model predicts the same: there is no effect that a simulation could keep, "
+            "and no score",
+        )
+
     def figures(self, outcome: Outcome, evidence: Evidence, seed: int) -> dict[str, Score]:
         """See the class."""
         moved = self._moved(outcome, evidence)
@@ -93,11 +119,16 @@ class AblateToSimulation(Simulation):
                 (lambda totals: 1 - ratio(totals)) if name == self.headline else ratio,
                 given=outcome.given,
                 seed=seed,
+                decimals=_DECIMALS,
             )
             for name, counts in sums.items()
         }
         assert isinstance(outcome, SimulatedWindows), "made by ask"
-        return {n: without_value(s) for n, s in scores.items()} if outcome.calibration.refused else scores
+        if outcome.calibration.refused:
+            return {name: without_value(score) for name, score in scores.items()}
+        if not _has_effect(moved[outcome.given]):
+            scores[self.headline] = without_value(scores[self.headline])
+        return scores
 
     def quantile_figure(self, outcome: Outcome, evidence: Evidence, seed: int) -> Score:
         """The score on the windows of the stratum and the silent ones."""
@@ -114,6 +145,11 @@ class AblateToSimulation(Simulation):
             windows = [(int(document), int(start)) for document, start in outcome.windows[given]]
             moved[given] = self.divergences(evidence.unit, windows, simulated[given])
         return moved
+
+
+def _has_effect(moved: Floats) -> bool:
+    """Whether predictions move at all with the unit at its mean; `moved` `[window, 2]`."""
+    return bool(moved[:, 1].sum() > _ROUNDING * len(moved))
 
 
 class Remembered:

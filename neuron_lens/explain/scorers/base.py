@@ -164,6 +164,15 @@ class BaseScorer(ABC):
         plan = self.plan(evidence, explanation, backend, seed=seed, others=others)
         return carry_out(backend, [plan])[0]
 
+    @property
+    def asks(self) -> bool:
+        """Whether it asks a judge."""
+        return bool(self.needs)
+
+    def by_rule(self) -> Self:
+        """The scorer as explanations that carry a rule can be scored without a judge; itself where there is no such form."""
+        return self
+
     def rehearsed(self) -> Self:
         """The scorer as an estimate takes it: what it asks of others than the judge is not asked."""
         return self

@@ -10,9 +10,9 @@ With true activations y and predictions p, pooled over all tokens of all windows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +22,14 @@ from neuron_lens.explain.calibration import FITTED, Calibration, CalibrationName
 from neuron_lens.explain.evidence import Evidence, PartName
 from neuron_lens.explain.plan import Plan
 from neuron_lens.explain.rendering import largest_of
-from neuron_lens.explain.result import Score, ScoredWindow
-from neuron_lens.explain.scorers.base import BaseScorer
+from neuron_lens.explain.result import Score, ScoredWindow, ScorerResult
+from neuron_lens.explain.scorers.base import NULL_EXPLANATION, BaseScorer
 from neuron_lens.explain.scorers.examples import Example, draw_examples
 from neuron_lens.explain.scorers.outcome import Outcome, precision_at_density, ratio, without_value
 from neuron_lens.explain.scores import MINIMUM_COVERAGE, auc, correlation, from_sums
-from neuron_lens.explain.simulators import Simulated, Simulator, simulator_for
+from neuron_lens.explain.simulators import RuleSimulator, Simulated, Simulator, simulator_for
 from neuron_lens.llm import Backend, require
+from neuron_lens.records import Unit
 
 __all__ = ["SimulatedWindows", "Simulation"]
 
@@ -52,7 +53,9 @@ class Simulation(BaseScorer):
 
     Args:
         simulator: None takes the one that suits the backend; see `simulator_for`.
-        calibration: see `explain.calibration`; "linear" and "percentile" simulate as many validation windows too.
+        calibration: see `explain.calibration`; "linear" and "percentile" simulate as many validation windows too. A
+            `RuleSimulator` predicts activations: "none".
+        rules: of a unit, the simulator by its own rule and that of another unit; for a `RuleSimulator` without any.
         n_firing, n_silent: windows of each sort, at most.
     """
 
@@ -64,6 +67,7 @@ class Simulation(BaseScorer):
     calibration: CalibrationName = "scale"
     n_firing: int = 10
     n_silent: int = 10
+    rules: Callable[[Unit], RuleSimulator] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,6 +80,47 @@ class Simulation(BaseScorer):
             raise RequestError(
                 f"{self.calibration} calibration is fitted on validation and cannot be scored there; take 'scale'"
             )
+        if isinstance(self.simulator, RuleSimulator) and self.calibration != "none":
+            raise RequestError(
+                f"a rule predicts activations, which {self.calibration} calibration would take for levels from 0 to 10: "
+                "give calibration='none' with a RuleSimulator"
+            )
+
+    @property
+    def asks(self) -> bool:
+        """See `BaseScorer.asks`."""
+        return self.simulator is None or bool(self.simulator.needs)
+
+    def by_rule(self) -> Self:
+        """Raises RequestError: what a rule predicts is compared with the activations already, on all test windows."""
+        if not self.asks:
+            return self
+        raise RequestError(
+            f"the scorer {self.name!r} asks a judge: give it a backend (by command: --judge). How well the rules of token "
+            "statistics predict is their correlation, and what of a unit's effect they keep ablate_to_simulation tells; "
+            "both ask nobody"
+        )
+
+    def plan(
+        self,
+        evidence: Evidence,
+        explanation: str,
+        backend: Backend | None,
+        *,
+        seed: int,
+        others: Sequence[str] = (),
+    ) -> Plan[ScorerResult]:
+        """See `Scorer.plan`. By rule, the control is another rule or, where none is at hand, the mean everywhere."""
+        if not isinstance(self.simulator, RuleSimulator):
+            return super().plan(evidence, explanation, backend, seed=seed, others=others)
+        known = self.simulator.rules
+        if not known and self.rules is not None:
+            known = self.rules(evidence.unit).rules
+        mean = evidence.statistics.mean
+        nothing = {NULL_EXPLANATION: lambda window: (mean,) * len(window.tokens)}
+        bound = replace(self, simulator=RuleSimulator({**nothing, **known}))
+        others = [one for one in others if one in known]
+        return super(Simulation, bound).plan(evidence, explanation, backend, seed=seed, others=others)
 
     def check(self, evidence: Evidence, backend: Backend | None) -> None:
         """See `BaseScorer.check`."""
@@ -93,11 +138,16 @@ class Simulation(BaseScorer):
 
     def method(self, backend: Backend | None) -> str:
         """Simulator and calibration."""
-        return f"{self._simulator(backend).name}, {self.calibration} calibration"
+        simulator = self._simulator(backend)
+        if isinstance(simulator, RuleSimulator):
+            return "simulated by the rule itself"
+        return f"{simulator.name}, {self.calibration} calibration"
 
     def notes(self, outcome: Outcome, evidence: Evidence) -> tuple[str, ...]:
         """A calibration that was refused, or is none."""
         assert isinstance(outcome, SimulatedWindows)
+        if isinstance(self.simulator, RuleSimulator):
+            return ()
         if self.calibration == "none":
             return (
                 "levels from 0 to 10 were compared with raw activations: only the correlation and auc mean anything",

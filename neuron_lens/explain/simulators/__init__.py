@@ -6,10 +6,20 @@ from neuron_lens.errors import RequestError
 from neuron_lens.explain.simulators.all_at_once import AllAtOnceSimulator
 from neuron_lens.explain.simulators.attention_pairs import PairSimulator
 from neuron_lens.explain.simulators.base import Simulated, Simulator
+from neuron_lens.explain.simulators.rule import Rule, RuleSimulator
 from neuron_lens.explain.simulators.text import TextSimulator
 from neuron_lens.llm import Backend, require
 
-__all__ = ["AllAtOnceSimulator", "PairSimulator", "Simulated", "Simulator", "TextSimulator", "simulator_for"]
+__all__ = [
+    "AllAtOnceSimulator",
+    "PairSimulator",
+    "Rule",
+    "RuleSimulator",
+    "Simulated",
+    "Simulator",
+    "TextSimulator",
+    "simulator_for",
+]
 
 
 def simulator_for(backend: Backend | None) -> Simulator:

@@ -10,7 +10,8 @@ from neuron_lens.records import TokenWindow
 
 __all__ = ["Simulated", "Simulator"]
 
-# The predicted activation at each token of a window, 0 to 10; None where there is no prediction.
+# The predicted activation at each token of a window, 0 to 10 (by rule: in the unit's own measure); None where there is
+# no prediction.
 Simulated = tuple[float | None, ...]
 
 
