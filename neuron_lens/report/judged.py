@@ -1,4 +1,4 @@
-"""What scorers say of an explanation, most of which ask a judge: every scorer beside its controls; the candidates; the baseline; similar units."""
+"""What scorers say of an explanation, each beside its controls; the candidates; the baseline; similar units."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ def _scorer(result: ScorerResult) -> Html:
     about += [f"{count} {kind}" for kind, count in result.missing.items()]
     about += [text for text in (result.method, result.prompt) if text]
     about.append(f"coverage {percent(result.score.coverage)}")
-    chart = interval_svg(estimates, title=f"{title}: {headline}, with 95 % intervals", reference=result.chance)
+    chart = interval_svg(
+        estimates, title=f"{title}: {headline}, with 95 % intervals", reference=result.chance
+    )
     return fragment(
         element("h3", f"{title}: {headline.lower()}"),
         element("figure", chart),
