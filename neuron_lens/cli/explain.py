@@ -98,7 +98,7 @@ def summary_table(result: RunResult, wanted: set[str], width: int = 110, limit: 
     if len(rows) > limit:
         return "\n".join([*lines, *_distributions(rows)])
     lines.append("")
-    if any(row.judged or not row.scores for row in rows):
+    if any(row.judged or row.unscored or not row.scores for row in rows):
         return "\n".join([*lines, *_judged_rows(rows, width)])
     lines.append(
         _COLUMNS.format(

@@ -22,6 +22,7 @@ from neuron_lens.explain.source_work import SourceWork
 from neuron_lens.harvest.ablation import _jensen_shannon
 from neuron_lens.harvest.run import harvest
 from neuron_lens.harvest.sources import NeuronSource
+from neuron_lens.llm import ScriptedBackend
 from neuron_lens.records import TokenWindow, Unit
 from neuron_lens.transformer import Transformer
 
@@ -200,17 +201,49 @@ def test_a_pipeline_scores_rules_without_a_judge(tmp_path: Path) -> None:
 def test_without_rules_a_judge_is_needed(tmp_path: Path) -> None:
     def pipeline(**options: object) -> Pipeline:
         return Pipeline(
-            planted.model(), planted.corpus(), tmp_path, settings=SETTINGS, progress=False, pages=False, **options
+            planted.model(),
+            planted.corpus(),
+            tmp_path,
+            settings=SETTINGS,
+            progress=False,
+            pages=False,
+            **options,
         )
 
-    with pytest.raises(RequestError, match="'simulation' asks a judge.*ablate_to_simulation"):
-        pipeline(scorers=["simulation"]).run(UNITS[:1])
-    with pytest.raises(RequestError, match="'detection' asks a judge"):
-        pipeline(scorers=["ablate_to_simulation", "detection"]).run(UNITS[:1])
-    with pytest.raises(RequestError, match="explainer 'max_activating' asks a judge"):
-        pipeline(explainer="max_activating", scorers=["ablate_to_simulation"]).run(UNITS[:1])
+    for options, complaint in (
+        ({"scorers": ["simulation"]}, r"'simulation' asks a judge.*ablate_to_simulation"),
+        ({"scorers": ["ablate_to_simulation", "detection"]}, "'detection' asks a judge"),
+        (
+            {"explainer": "max_activating", "scorers": ["ablate_to_simulation"]},
+            "'max_activating' asks a judge",
+        ),
+    ):
+        with pytest.raises(RequestError, match=complaint):
+            pipeline(**options).run(UNITS[:1])
     assert not list(tmp_path.iterdir())
-    pipeline(explainer="max_activating", backend=word_judge.scripted).run  # noqa: B018  built, not run
+    backend = ScriptedBackend(word_judge.scripted, name="words")
+    pipeline(explainer="max_activating", backend=backend).run(UNITS[:1])
+    with pytest.raises(RequestError, match="'ablate_to_simulation' asks a judge"):
+        pipeline(explainer=None, scorers=["ablate_to_simulation"]).run(UNITS[:1])
+
+
+def test_a_judge_that_is_given_simulates_unless_the_rule_is_asked_for(tmp_path: Path) -> None:
+    def run(folder: str, scorer: str | AblateToSimulation) -> tuple[ScorerResult, int]:
+        backend = ScriptedBackend(lambda request: "I would rather not", name="mute")
+        pipeline = Pipeline(
+            planted.model(), planted.corpus(), tmp_path / folder, settings=SETTINGS, progress=False, pages=False,
+            scorers=[scorer], backend=backend,
+        )  # fmt: skip
+        pipeline.run(UNITS[:1])
+        (result,) = next(iter(pipeline.results())).judged
+        return result, backend.calls
+
+    judged, calls = run("judge", "ablate_to_simulation")
+    assert calls > 0 and judged.score.coverage == 0 and judged.method.startswith("simulation_")
+    ruled, calls = run("rule", AblateToSimulation().by_rule())
+    assert calls == 0 and ruled.score.coverage == 1
+    with pytest.raises(RequestError, match="another scorer ablate_to_simulation"):
+        run("rule", "ablate_to_simulation")
 
 
 @given(st.floats(1e-5, 3.0), st.integers(0, 2**31))
