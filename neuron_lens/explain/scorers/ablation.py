@@ -106,27 +106,15 @@ class AblateToSimulation(Simulation):
 
     def figures(self, outcome: Outcome, evidence: Evidence, seed: int) -> dict[str, Score]:
         """See the class."""
-        moved = self._moved(outcome, evidence)
-        ones = np.ones((len(moved), 1))
-        sums = {
-            "ablation_score": moved,
-            "moved_by_simulation": np.concatenate([moved[:, :1], ones], axis=1),
-            "moved_by_mean": np.concatenate([moved[:, 1:], ones], axis=1),
-        }
-        scores = {
-            name: from_sums(
-                counts,
-                (lambda totals: 1 - ratio(totals)) if name == self.headline else ratio,
-                given=outcome.given,
-                seed=seed,
-                decimals=_DECIMALS,
-            )
-            for name, counts in sums.items()
-        }
+        moved, given = self._moved(outcome, evidence), outcome.given
+        scores = {self.headline: from_sums(moved, lambda totals: 1 - ratio(totals), given=given, seed=seed)}
+        for place, name in enumerate(("moved_by_simulation", "moved_by_mean")):
+            sums = np.stack([moved[:, place], np.ones(len(moved))], axis=1)
+            scores[name] = from_sums(sums, ratio, given=given, seed=seed, decimals=_DECIMALS)
         assert isinstance(outcome, SimulatedWindows), "made by ask"
         if outcome.calibration.refused:
             return {name: without_value(score) for name, score in scores.items()}
-        if not _has_effect(moved[outcome.given]):
+        if not _has_effect(moved[given]):
             scores[self.headline] = without_value(scores[self.headline])
         return scores
 
