@@ -241,6 +241,11 @@ class Pipeline(NamesUnits):
         return CachedBackend(self.backend, self._run_folder.requests)
 
     @cached_property
+    def _asking_scorers(self) -> tuple[BaseScorer, ...]:
+        """The scorers, with what they pay others than the judge for kept in the folder."""
+        return tuple(scorer.kept_in(self._run_folder.embeddings) for scorer in self._scorers)
+
+    @cached_property
     def _method(self) -> Method:
         """How explanations are made, or were."""
         if self.explainer is not None:
@@ -285,7 +290,7 @@ class Pipeline(NamesUnits):
     def _judging(self, block: Sequence[Unit]) -> Judging:
         work = self._work[self._sources[block[0]].name]
         seed = self._settings.seed
-        scorers = tuple(work.equipped(scorer, seed) for scorer in self._scorers)
+        scorers = tuple(work.equipped(scorer, seed) for scorer in self._asking_scorers)
         return Judging(self._explainer, scorers, self._judge, seed, self.progress)
 
     def _explanations(self, units: Sequence[Unit], judging: Judging) -> list[Explanation | str]:

@@ -4,6 +4,7 @@
     sources/<dictionary>.safetensors   copies of autoencoders and directions, see `kept_sources`
     harvest/<source>/              see `harvest.shard`
     requests.sqlite                answers of judges, see `llm.cache`
+    embeddings.sqlite              vectors of embeddings endpoints, see `scorers.embedding_cache`
     units/<unit>/result.json       a `UnitResult`; with pages, index.html beside it
     run.json                       a `RunResult`; with pages, index.html beside it
 
@@ -231,6 +232,11 @@ class RunFolder:
     def requests(self) -> Path:
         """The cache of judges' answers."""
         return self.path / "requests.sqlite"
+
+    @property
+    def embeddings(self) -> Path:
+        """The cache of what embeddings endpoints gave."""
+        return self.path / "embeddings.sqlite"
 
     @property
     def index(self) -> Path:

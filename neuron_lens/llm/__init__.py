@@ -5,6 +5,7 @@ Reading order: request, answer_file, backend, retry, budget, cache, then the bac
 
 from __future__ import annotations
 
+from neuron_lens.llm.answer_file import AnswerFile, key_of
 from neuron_lens.llm.backend import AttemptingBackend, Backend, Capabilities, request_key, require
 from neuron_lens.llm.budget import Budget, BudgetExceeded, Estimate, Price, estimate
 from neuron_lens.llm.cache import CachedBackend, RequestCache
@@ -30,6 +31,7 @@ from neuron_lens.llm.structured import StructuredRequest, complete_structured
 __all__ = [
     "CHATML",
     "PLAIN",
+    "AnswerFile",
     "AttemptingBackend",
     "Backend",
     "Budget",
@@ -62,6 +64,7 @@ __all__ = [
     "complete_all_structured",
     "complete_structured",
     "estimate",
+    "key_of",
     "load_prompt",
     "prompt_names",
     "request_key",

@@ -78,9 +78,29 @@ def test_an_endpoint_that_answers_nothing_stops_the_run() -> None:
         EmbeddingEndpoint("rules", base_url="http://127.0.0.1:9/v1")(["x"])
     with pytest.raises(BackendError, match="needs a key"):
         EmbeddingEndpoint("rules")
-    short = lambda body, attempt: Reply({"object": "list", "model": "x", "data": []})  # noqa: E731
-    with JudgeServer(short) as server, pytest.raises(BackendError, match="0 vectors for 1 texts"):
-        EmbeddingEndpoint("rules", base_url=server.url)(["x"])
+
+
+@pytest.mark.parametrize(
+    ("reply", "complaint"),
+    [
+        ({"object": "list", "model": "x", "data": []}, "0 vectors for 1 texts"),
+        ({"error": {"message": "busy"}}, "0 vectors for 1 texts"),
+        (["x"], "0 vectors for 1 texts"),
+        ({"data": [{"index": 1, "embedding": [0.5]}]}, r"numbered \[1\], expected each of 0 to 0 once"),
+        ({"data": [{"embedding": [0.5]}]}, "numbered"),
+        ({"data": [{"index": 0, "embedding": "AAAA"}]}, "could not convert"),
+        ({"data": [{"index": 0, "embedding": [[0.5], [0.5]]}]}, "a table of numbers"),
+        (b'{"object": "list", "da', "gave no embeddings of 1 texts"),
+    ],
+)
+def test_a_reply_that_is_not_in_the_protocol_stops_the_run_and_nothing_is_kept(
+    reply: Any, complaint: str
+) -> None:
+    with JudgeServer(lambda body, attempt: Reply(reply)) as server:
+        embedder = EmbeddingEndpoint("rules", base_url=server.url)
+        with pytest.raises(BackendError, match=complaint) as error:
+            embedder(["x"])
+    assert len(embedder.cache) == 0 and "\n" not in str(error.value)
 
 
 def test_embedders_are_named_and_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

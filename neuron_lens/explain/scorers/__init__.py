@@ -39,6 +39,7 @@ from neuron_lens.explain.scorers.embedders import (
     embedder_named,
 )
 from neuron_lens.explain.scorers.embedding import Embedding
+from neuron_lens.explain.scorers.embedding_cache import EmbeddingCache
 from neuron_lens.explain.scorers.fuzzing import Fuzzing
 from neuron_lens.explain.scorers.graded import GradedDetection, GradedFuzzing
 from neuron_lens.explain.scorers.intruder import Intruder
@@ -61,6 +62,7 @@ __all__ = [
     "Effects",
     "Embedder",
     "Embedding",
+    "EmbeddingCache",
     "EmbeddingEndpoint",
     "Fuzzing",
     "GradedDetection",

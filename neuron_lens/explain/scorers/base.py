@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -117,13 +118,16 @@ class BaseScorer(ABC):
 
         def read(answers: Sequence[Answer]) -> ScorerResult:
             outcomes = joined.read(answers)
+            dealt = [outcomes[0].shuffled(seed)] if self.controls else []
+            self.prepare([*outcomes, *dealt], evidence)
             figures = [self.figures(outcome, evidence, seed) for outcome in outcomes]
             controls = []
             if self.controls:
-                dealt = self.figures(outcomes[0].shuffled(seed), evidence, seed)
                 controls = [
                     ScorerControl(name=kind, sentence=control, scores=figures[1]),
-                    ScorerControl(name="shuffled", sentence=None, scores=dealt),
+                    ScorerControl(
+                        name="shuffled", sentence=None, scores=self.figures(dealt[0], evidence, seed)
+                    ),
                 ]
                 controls += [
                     ScorerControl(name=name, sentence=None, scores=scores)
@@ -177,6 +181,10 @@ class BaseScorer(ABC):
         """The scorer as an estimate takes it: what it asks of others than the judge is not asked."""
         return self
 
+    def kept_in(self, embeddings: Path) -> Self:
+        """The scorer as a run takes it: vectors that are paid for are kept in the file `embeddings`."""
+        return self
+
     def check(self, evidence: Evidence, backend: Backend | None) -> None:
         """Refuse what cannot be done: raise BackendError or RequestError."""
         if backend is None:
@@ -188,6 +196,9 @@ class BaseScorer(ABC):
     @abstractmethod
     def ask(self, evidence: Evidence, explanation: str, backend: Backend | None, seed: int) -> Plan[Outcome]:
         """The calls for one explanation; the same examples for every explanation of one unit and seed."""
+
+    def prepare(self, outcomes: Sequence[Outcome], evidence: Evidence) -> None:  # noqa: B027  nothing by default
+        """Called with all outcomes before the figures of each: what they share is worked out once."""
 
     @abstractmethod
     def figures(self, outcome: Outcome, evidence: Evidence, seed: int) -> dict[str, Score]:

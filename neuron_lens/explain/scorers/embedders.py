@@ -5,6 +5,7 @@ None is a default: a score is only as good as its embedder, which is always name
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import os
@@ -17,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neuron_lens.errors import BackendError, MissingExtraError, RequestError
+from neuron_lens.explain.scorers.embedding_cache import EmbeddingCache
 
 __all__ = ["BagOfWords", "Embedder", "EmbeddingEndpoint", "SentenceTransformer", "Unasked", "embedder_named"]
 
-_REMEMBERED = 4096  # texts whose vectors an endpoint is not asked for again
 _AT_ONCE = 64  # texts a request
 _TEXT_REFUSED = (400, 413, 422)  # the text is at fault, most often too long
 
@@ -82,8 +83,8 @@ class SentenceTransformer:
 class EmbeddingEndpoint:
     """A model behind an endpoint that speaks OpenAI's protocol (POST /embeddings), through the official client.
 
-    Texts that are refused, for being too long for example, are missing. What it costs is in no budget. Equal texts are
-    asked for once, as long as few thousand others do not come between.
+    Texts that are refused, for being too long for example, are missing. What it costs is in no budget. A text is asked
+    for once: its vector is kept before it is handed on. What failed is asked for again.
 
     Args:
         model: the model's name at the endpoint.
@@ -91,9 +92,13 @@ class EmbeddingEndpoint:
         api_key: None for `OPENAI_API_KEY`; endpoints other than OpenAI's need none. Never stored or shown.
         instructed: whether the model wants an instruction before a query.
         timeout: seconds one request may take.
+        cache: the file that vectors are kept in; None: they are kept for as long as the endpoint is. A run keeps them in
+            its folder, see `kept_in`.
+
+    `identity` is a text that differs whenever the same text might get another vector.
 
     Raises MissingExtraError without the `openai` package; BackendError without a key that OpenAI needs, and, when it is
-    called, where no request is answered, after the client's own retries.
+    called, where no request is answered, after the client's own retries, or not in the protocol.
     """
 
     def __init__(
@@ -104,6 +109,7 @@ class EmbeddingEndpoint:
         api_key: str | None = None,
         instructed: bool = False,
         timeout: float = 120.0,
+        cache: EmbeddingCache | str | os.PathLike[str] | None = None,
     ) -> None:
         # The judge's rules for addresses and keys.
         from neuron_lens.llm import OpenAIBackend
@@ -113,20 +119,39 @@ class EmbeddingEndpoint:
         self.instructed = instructed
         self._model, self._timeout = model, timeout
         self._base_url, self._api_key = endpoint.base_url, api_key
-        self._known: dict[str, NDArray[np.float64]] = {}
+        self.identity = endpoint.identity
+        self.cache = cache if isinstance(cache, EmbeddingCache) else EmbeddingCache(cache)
+
+    def kept_in(self, path: str | os.PathLike[str]) -> EmbeddingEndpoint:
+        """The endpoint with its vectors kept in that file; the same where it has a file already."""
+        if self.cache.path is not None:
+            return self
+        kept = copy.copy(self)
+        kept.cache = EmbeddingCache(path)
+        return kept
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.floating[Any]]:
         """`[text, dimension]`; NaN where a text could not be embedded."""
-        wanted = [text for text in dict.fromkeys(texts) if text not in self._known]
-        if len(self._known) + len(wanted) > _REMEMBERED:
-            self._known = {text: self._known[text] for text in dict.fromkeys(texts) if text in self._known}
+        distinct = list(dict.fromkeys(texts))
+        known = self.cache.get(self.identity, distinct)
+        wanted = [text for text in distinct if text not in known]
         for begin in range(0, len(wanted), _AT_ONCE):
-            self._known |= self._asked(wanted[begin : begin + _AT_ONCE])
-        width = next((len(row) for row in self._known.values()), 1)
-        missing = np.full(width, np.nan)
-        return np.stack([self._known.get(text, missing) for text in texts])
+            known |= self._asked(wanted[begin : begin + _AT_ONCE])
+        widths = sorted({len(row) for row in known.values()})
+        if len(widths) > 1:
+            raise BackendError(
+                f"{self._who} gives vectors of {' and of '.join(map(str, widths))} numbers: it is not the model it was when "
+                "the first of them were kept; give another folder"
+            )
+        missing = np.full(widths[0] if widths else 1, np.nan)
+        return np.stack([known.get(text, missing) for text in texts])
+
+    @property
+    def _who(self) -> str:
+        return f"the embedder {self._model!r} at {self._base_url}"
 
     def _asked(self, texts: list[str]) -> dict[str, NDArray[np.float64]]:
+        """The vectors of texts that were embedded, asked for in one request and kept."""
         import openai
 
         key = self._api_key or os.environ.get("OPENAI_API_KEY") or "none"
@@ -134,24 +159,38 @@ class EmbeddingEndpoint:
         try:
             with client:
                 reply = client.embeddings.create(model=self._model, input=texts, encoding_format="float")
+            vectors = _by_text(reply, texts)
         except openai.APIConnectionError as error:
             raise BackendError(
                 f"the connection to the embedder at {self._base_url} failed: {error}"
             ) from error
         except openai.APIStatusError as error:
             if error.status_code not in _TEXT_REFUSED:
-                raise BackendError(
-                    f"the embedder {self._model!r} at {self._base_url} refuses: {error}"
-                ) from error
+                raise BackendError(f"{self._who} refuses: {error}") from error
             # One text may be what it stumbles over: the others are asked for by themselves.
             if len(texts) == 1:
                 return {}
             return {text: row for one in texts for text, row in self._asked([one]).items()}
-        if len(reply.data) != len(texts):
-            raise BackendError(
-                f"the embedder {self._model!r} gave {len(reply.data)} vectors for {len(texts)} texts"
-            )
-        return {texts[one.index]: np.asarray(one.embedding, dtype=np.float64) for one in reply.data}
+        except (openai.OpenAIError, TypeError, ValueError) as error:
+            raise BackendError(f"{self._who} gave no embeddings of {len(texts)} texts: {error}") from error
+        return self.cache.put(self.identity, vectors)
+
+
+def _by_text(reply: Any, texts: list[str]) -> dict[str, NDArray[np.float64]]:
+    """The vector of each text, in whatever order they come: what is kept must not be another's.
+
+    Raises TypeError or ValueError for a reply that is not in the protocol.
+    """
+    data = getattr(reply, "data", None) or []
+    if len(data) != len(texts):
+        raise ValueError(f"it holds {len(data)} vectors for {len(texts)} texts")
+    places = [one.index for one in data]
+    if sorted(places) != list(range(len(texts))):
+        raise ValueError(f"its vectors are numbered {places}, expected each of 0 to {len(texts) - 1} once")
+    vectors = {texts[one.index]: np.asarray(one.embedding, dtype=np.float64) for one in data}
+    if any(row.ndim > 1 for row in vectors.values()):
+        raise ValueError("one of them is a table of numbers, expected a list")
+    return vectors
 
 
 class Unasked:

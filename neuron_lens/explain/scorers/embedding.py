@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -16,7 +17,7 @@ from neuron_lens.errors import RequestError
 from neuron_lens.explain.evidence import Evidence
 from neuron_lens.explain.plan import Plan
 from neuron_lens.explain.rendering import text_of
-from neuron_lens.explain.scorers.embedders import BagOfWords, Embedder, Unasked
+from neuron_lens.explain.scorers.embedders import BagOfWords, Embedder, EmbeddingEndpoint, Unasked
 from neuron_lens.explain.scorers.examples import draw_examples
 from neuron_lens.explain.scorers.outcome import Outcome, judgements_of
 from neuron_lens.explain.scorers.ranking import RankingScorer
@@ -63,6 +64,12 @@ class Embedding(RankingScorer):
     def rehearsed(self) -> Self:
         """With an embedder that is not asked."""
         return replace(self, embedder=Unasked(self.used.name))
+
+    def kept_in(self, embeddings: Path) -> Self:
+        """With an endpoint that keeps its vectors there; any other embedder is called as it is."""
+        if not isinstance(self.embedder, EmbeddingEndpoint):
+            return self
+        return replace(self, embedder=self.embedder.kept_in(embeddings))
 
     def check(self, evidence: Evidence, backend: Backend | None) -> None:
         """Nothing is asked of a backend."""
