@@ -173,22 +173,35 @@ def simulated_divergences(
     The Jensen-Shannon divergence of the next-token predictions from the intact ones (nats), averaged over the tokens
     of each window, as ablation scoring takes it (Bills et al. 2023, "Language models can explain neurons in language
     models"). `simulated` activations `[window, length]` stand where `given` is True; elsewhere the unit stays as it is
-    in both.
+    in both. A row may be named several times, with other simulations: what these share is run once.
     """
     found = np.zeros((len(rows), 2))
-    for begin in range(0, len(rows), _AT_ONCE):
-        part = slice(begin, begin + _AT_ONCE)
-        run = WindowRun(source.model, source.layer, windows, rows[part])
-        there = run.tokens_of_windows[:, : windows.length] != ABSENT
-        n = there.sum(1).clamp(min=1).numpy()
-        where = run.spread(given[part])
-        values = run.spread(simulated[part]).to(run.intact.dtype)
-        replacements: tuple[Tensor | float, ...] = (values, mean)
-        for place, value in enumerate(replacements):
-            changed = run.changed(source.replacing(index, value, where))
-            moved = _jensen_shannon(run.intact, changed).cpu() * there
-            found[part, place] = moved.double().sum(1).numpy() / n
+    named: dict[int, list[int]] = {}  # where each row is named
+    for place, row in enumerate(rows):
+        named.setdefault(row, []).append(place)
+    distinct = list(named)
+    for begin in range(0, len(distinct), _AT_ONCE):
+        part = distinct[begin : begin + _AT_ONCE]
+        run = WindowRun(source.model, source.layer, windows, part)
+        by_mean: dict[bytes, NDArray[np.float64]] = {}
+        for turn in range(max(len(named[row]) for row in part)):
+            # A row that is named less often goes along with its last simulation again.
+            places = [named[row][min(turn, len(named[row]) - 1)] for row in part]
+            where, key = run.spread(given[places]), given[places].tobytes()
+            values = run.spread(simulated[places]).to(run.intact.dtype)
+            if key not in by_mean:
+                by_mean[key] = _moved(run, source.replacing(index, mean, where))
+            found[places, 0] = _moved(run, source.replacing(index, values, where))
+            found[places, 1] = by_mean[key]
     return found
+
+
+def _moved(run: WindowRun, hooks: TransformerHooks) -> NDArray[np.float64]:
+    """The Jensen-Shannon divergence of predictions with hooks at work from the intact ones, the mean over the tokens of
+    each window `[row]`."""
+    there = run.tokens_of_windows[:, : run.intact.shape[1]] != ABSENT
+    moved = _jensen_shannon(run.intact, run.changed(hooks)).cpu() * there
+    return moved.double().sum(1).numpy() / there.sum(1).clamp(min=1).numpy()
 
 
 def _jensen_shannon(a: Tensor, b: Tensor) -> Tensor:

@@ -104,6 +104,13 @@ class AblateToSimulation(Simulation):
             "and no score",
         )
 
+    def prepare(self, outcomes: Sequence[Outcome], evidence: Evidence) -> None:
+        """All simulations in one call: the model runs once for what they are compared with."""
+        asked = [self._simulated(outcome) for outcome in outcomes]
+        windows = [window for some, _ in asked for window in some]
+        if windows and isinstance(self.divergences, Remembered):
+            self.divergences(evidence.unit, windows, np.concatenate([values for _, values in asked]))
+
     def figures(self, outcome: Outcome, evidence: Evidence, seed: int) -> dict[str, Score]:
         """See the class."""
         moved, given = self._moved(outcome, evidence), outcome.given
@@ -123,16 +130,21 @@ class AblateToSimulation(Simulation):
         return self.figures(outcome, evidence, seed)[self.headline]
 
     def _moved(self, outcome: Outcome, evidence: Evidence) -> Floats:
-        assert isinstance(outcome, SimulatedWindows) and self.divergences is not None, (
-            "checked, and made by ask"
-        )
+        """Divergences `[window, 2]`, zero where nothing is simulated."""
+        assert self.divergences is not None, "checked"
         moved = np.zeros((len(outcome.given), 2))
-        given = outcome.given
-        if given.any() and not outcome.calibration.refused:
-            simulated = np.where(outcome.mask, outcome.calibration.apply(outcome.predicted), np.nan)
-            windows = [(int(document), int(start)) for document, start in outcome.windows[given]]
-            moved[given] = self.divergences(evidence.unit, windows, simulated[given])
+        windows, simulated = self._simulated(outcome)
+        if windows:
+            moved[outcome.given] = self.divergences(evidence.unit, windows, simulated)
         return moved
+
+    def _simulated(self, outcome: Outcome) -> tuple[list[WindowId], Floats]:
+        """The windows that are simulated, and the activations `[window, length]`, NaN where there is no prediction."""
+        assert isinstance(outcome, SimulatedWindows), "made by ask"
+        given = outcome.given & (outcome.calibration.refused is None)
+        simulated = np.where(outcome.mask, outcome.calibration.apply(outcome.predicted), np.nan)
+        windows = [(int(document), int(start)) for document, start in outcome.windows[given]]
+        return windows, simulated[given]
 
 
 def _has_effect(moved: Floats) -> bool:
@@ -152,7 +164,7 @@ class Remembered:
         keys = [(unit, window, row.tobytes()) for window, row in zip(windows, simulated, strict=True)]
         if len(self._known) + len(keys) > _WINDOWS:
             self._known = {}
-        new = [place for place, key in enumerate(keys) if key not in self._known]
+        new = list({key: place for place, key in enumerate(keys) if key not in self._known}.values())
         if new:
             rows = self._divergences(unit, [windows[place] for place in new], simulated[new])
             self._known |= {keys[place]: row for place, row in zip(new, rows, strict=True)}
