@@ -68,7 +68,8 @@ class Pipeline(NamesUnits):
         explainer: a name, or an explainer with its options; token statistics need no judge, the others ask `backend`.
             None: the one the folder was explained by, whose explanations are only scored.
         scorers: names, or scorers with their options, in the order they are shown; the first one also chooses among
-            several candidates of the explainer.
+            several candidates of the explainer. Without a backend "ablate_to_simulation" simulates by the rules of token
+            statistics.
         backend: the judge, whose answers are kept in the folder.
         autoencoders, directions: those whose units can be asked for. Of those that are used, and that `recipe` does not
             name, a copy is kept in the folder where there is a recipe.
