@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Pipeline"]
 
-_VERSION = 4  # of the method: raise it when results change for the same input
+_VERSION = 5  # of the method: raise it when results change for the same input
 
 _BLOCK = 8  # units whose calls to a judge run side by side
 
