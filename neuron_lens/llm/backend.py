@@ -198,7 +198,7 @@ def require(backend: Backend, capabilities: Iterable[str], what_for: str) -> Non
         raise BackendError(
             f"{what_for} needs {', '.join(lacking)}, which the {backend.kind} backend {backend.model!r} does not declare "
             f"(it declares {', '.join(has) or 'nothing'}); choose another method or another backend, or, if the model "
-            f"can do it, say so in the backend's capabilities"
+            f"can do it, say so in the backend's capabilities (by command: --capabilities)"
         )
 
 

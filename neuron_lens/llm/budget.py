@@ -61,7 +61,7 @@ class Estimate:
     def __str__(self) -> str:
         cost = "" if self.cost is None else f", at most about {self.cost:.4f} (in the price's currency)"
         return (
-            f"{self.calls} calls ({self.cached} more are answered already), about {self.prompt_tokens} tokens read, "
+            f"{self.calls} calls ({self.cached} more are repeated or answered already), about {self.prompt_tokens} tokens read, "
             f"at most {self.completion_tokens} written{cost}"
         )
 
