@@ -117,7 +117,7 @@ class Pipeline(NamesUnits):
         explainer = self.explainer
         explainer = explainer_named(explainer)() if isinstance(explainer, str) else explainer
         self._explainer = None if isinstance(explainer, TokenStatistics) else explainer
-        self._scorers = tuple(scorer_named(one)() if isinstance(one, str) else one for one in self.scorers)
+        self._named = tuple(scorer_named(one)() if isinstance(one, str) else one for one in self.scorers)
         self._run_folder = RunFolder(self.folder)
         self._evidence = lru_cache(maxsize=2 * _BLOCK)(self._evidence_of)
 
@@ -212,8 +212,6 @@ class Pipeline(NamesUnits):
 
     def _require_judge(self) -> None:
         """Refuse before any work what would be refused after it."""
-        if self.backend is None and self._scorers and self._method.name == TokenStatistics.name:
-            self._scorers = tuple(scorer.by_rule() for scorer in self._scorers)
         asking = [] if self._explainer is None else [f"the explainer {self._explainer.name!r}"]
         asking += [f"the scorer {scorer.name!r}" for scorer in self._scorers if scorer.asks]
         if self.backend is None and asking:
@@ -240,6 +238,13 @@ class Pipeline(NamesUnits):
         if self.backend is None or isinstance(self.backend, CachedBackend):
             return self.backend
         return CachedBackend(self.backend, self._run_folder.requests)
+
+    @cached_property
+    def _scorers(self) -> tuple[BaseScorer, ...]:
+        """The scorers that were named, by rule where nobody can be asked and explanations carry one."""
+        if self.backend is None and self._named and self._method.name == TokenStatistics.name:
+            return tuple(scorer.by_rule() for scorer in self._named)
+        return self._named
 
     @cached_property
     def _asking_scorers(self) -> tuple[BaseScorer, ...]:

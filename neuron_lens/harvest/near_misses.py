@@ -21,6 +21,7 @@ from torch import Tensor
 from neuron_lens.files.mapped import release_pages
 from neuron_lens.harvest.cutter import Cutter, priority_of
 from neuron_lens.harvest.keepers import State, TopWindows, WindowBatch, uniform_of
+from neuron_lens.harvest.kept_tensors import release
 from neuron_lens.harvest.neighbours import FIRING_SHARE, Sampled
 from neuron_lens.harvest.scratch import ScratchFile
 from neuron_lens.harvest.sources import Caught
@@ -148,8 +149,7 @@ class NearMisses:
             largest = torch.from_numpy(sampled.largest[here].astype(np.float32))
             tokens = torch.from_numpy(np.where(sampled.present[here], sampled.tokens[here], -1))
             self._update(batch, largest, tokens, torch.from_numpy(sampled.split[here]), counted=True)
-            for tensor in sampled.tensors.values():
-                release_pages(tensor)
+            release(sampled.tensors)
 
     def take(self, caught: Caught, cutter: Cutter, tokens: Tensor) -> None:
         """Take in windows that the model read again, and their `tokens` `[window, length]` (-1: none). None of them may

@@ -17,7 +17,7 @@ import numpy as np
 
 from neuron_lens.errors import RequestError
 from neuron_lens.explain.evidence import PARTS, Evidence, PartName
-from neuron_lens.explain.explainers.base import described
+from neuron_lens.explain.explainers.base import described, prompt_named
 from neuron_lens.explain.plan import Answer, Plan, carry_out, missing_kinds
 from neuron_lens.explain.result import QuantileScore, Score, ScorerControl, ScorerResult
 from neuron_lens.explain.scorer_result import DEMANDED, Demanded
@@ -227,8 +227,8 @@ class BaseScorer(ABC):
         return self.chance
 
     def prompt(self, backend: Backend | None) -> str:
-        """The version of the prompt used."""
-        return ""
+        """The version of the prompt used: the one of the scorer's name."""
+        return prompt_named(self.name).version
 
     def method(self, backend: Backend | None) -> str:
         """What was used, where there is a choice."""

@@ -45,10 +45,6 @@ class BinaryScorer(BaseScorer):
         true = outcome.fires & (outcome.true[:, 0] > 0.5)
         return share_score(outcome.predicted[true, 0] > 0.5, outcome.given[true])
 
-    def prompt(self, backend: Backend | None) -> str:
-        """The version of the prompt used."""
-        return prompt_named(self.name).version
-
 
 @dataclass(frozen=True, kw_only=True)
 class Detection(BinaryScorer):

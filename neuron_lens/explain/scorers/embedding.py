@@ -74,6 +74,10 @@ class Embedding(RankingScorer):
     def check(self, evidence: Evidence, backend: Backend | None) -> None:
         """Nothing is asked of a backend."""
 
+    def prompt(self, backend: Backend | None) -> str:
+        """No prompt."""
+        return ""
+
     def method(self, backend: Backend | None) -> str:
         """The embedder's name."""
         return self.used.name

@@ -34,10 +34,6 @@ class _Graded(RankingScorer):
 
     needs: ClassVar[tuple[str, ...]] = ("chat", "logprobs")
 
-    def prompt(self, backend: Backend | None) -> str:
-        """The version of the prompt used."""
-        return prompt_named(self.name).version
-
     def _asked(self, backend: Backend | None, slots: Sequence[dict[str, str]]) -> Plan[list[float | None]]:
         """A probability for each filling of the prompt's slots, None where it is missing."""
         assert backend is not None, "checked"

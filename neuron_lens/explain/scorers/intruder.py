@@ -91,10 +91,6 @@ class Intruder(BaseScorer):
         """One in `texts`."""
         return 1 / self.texts
 
-    def prompt(self, backend: Backend | None) -> str:
-        """The version of the prompt used."""
-        return prompt_named(self.name).version
-
     def ask(self, evidence: Evidence, explanation: str, backend: Backend | None, seed: int) -> Plan[Outcome]:
         """See `BaseScorer.ask`."""
         trials = self._trials(evidence, seed)

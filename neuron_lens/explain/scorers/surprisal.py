@@ -42,10 +42,6 @@ class Surprisal(RankingScorer):
     name: ClassVar[str] = "surprisal"
     needs: ClassVar[tuple[str, ...]] = ("completion", "prompt_logprobs")
 
-    def prompt(self, backend: Backend | None) -> str:
-        """The version of the prompt used."""
-        return prompt_named(self.name).version
-
     def ask(self, evidence: Evidence, explanation: str, backend: Backend | None, seed: int) -> Plan[Outcome]:
         """See `BaseScorer.ask`."""
         examples = draw_examples(evidence, self.part, firing=self.n_firing, silent=self.n_silent, seed=seed)
