@@ -26,27 +26,18 @@ from neuron_lens.explain.scores import Predictions, correlation
 from neuron_lens.explain.simulators import RuleSimulator
 from neuron_lens.explain.source_work import SourceWork
 from neuron_lens.harvest.ablation import _jensen_shannon
-from neuron_lens.harvest.run import harvest
-from neuron_lens.harvest.sources import NeuronSource
 from neuron_lens.llm import ScriptedBackend
 from neuron_lens.records import TokenWindow, Unit
-from neuron_lens.transformer import Transformer
 
 from . import planted, word_judge
-from .test_planted import SETTINGS, UNITS
+from .test_planted import SETTINGS, UNITS, worked
 
 KNOWN = (planted.SELF, planted.DIGIT, planted.AFTER_DEF)
 
 
-def worked(model: Transformer, folder: Path) -> SourceWork:
-    source = NeuronSource(model, 0)
-    kept = harvest(model, planted.corpus(), [source], folder, SETTINGS, progress=False)
-    return SourceWork(source, kept[source.name])
-
-
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> SourceWork:
-    return worked(planted.model(), tmp_path_factory.mktemp("harvest"))
+    return worked(tmp_path_factory.mktemp("harvest"))
 
 
 def sentence(work: SourceWork, index: int) -> str:
@@ -135,7 +126,7 @@ def test_a_unit_without_effect_says_so(tmp_path: Path) -> None:
     model = planted.model()
     with torch.no_grad():
         model.blocks[0].mlp.down.weight[:, planted.DIGIT] = 0.0
-    work = worked(model, tmp_path)
+    work = worked(tmp_path, model)
     idle = scored(work, planted.DIGIT, sentence(work, planted.DIGIT))
     assert idle.score.value is None and idle.score.coverage == 1.0
     assert idle.scores["moved_by_mean"].value == 0.0 == idle.scores["moved_by_simulation"].value

@@ -16,6 +16,7 @@ from neuron_lens.explain.pipeline import Pipeline
 from neuron_lens.explain.plan import Plan
 from neuron_lens.explain.scorers import (
     AblateToSimulation,
+    BaseScorer,
     Causal,
     Continuation,
     Remembered,
@@ -26,13 +27,11 @@ from neuron_lens.explain.simulators import TextSimulator
 from neuron_lens.explain.simulators.base import Simulated
 from neuron_lens.explain.source_work import SourceWork
 from neuron_lens.harvest.effects import UnitEffects
-from neuron_lens.harvest.run import harvest
-from neuron_lens.harvest.sources import NeuronSource
 from neuron_lens.llm import Request, Response, ScriptedBackend, TokenLogprobs
 from neuron_lens.records import TokenWindow, Unit
 
 from . import planted, word_judge
-from .test_planted import SETTINGS, UNITS
+from .test_planted import SETTINGS, UNITS, worked
 
 SENTENCES = {
     planted.SELF: "the word 'self'",
@@ -44,10 +43,7 @@ SENTENCES = {
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> SourceWork:
-    source = NeuronSource(planted.model(), 0)
-    folder = tmp_path_factory.mktemp("harvest")
-    kept = harvest(source.model, planted.corpus(), [source], folder, SETTINGS, progress=False)
-    return SourceWork(source, kept[source.name])
+    return worked(tmp_path_factory.mktemp("harvest"))
 
 
 class Knowing:
@@ -88,25 +84,28 @@ def judge(work: SourceWork, **options: object) -> ScriptedBackend:
     return ScriptedBackend(Knowing(work), name="knowing", **options)  # type: ignore[arg-type]
 
 
-def held_to_the_truth(scores: dict[tuple[int, int], ScorerResult]) -> None:
-    """Of every unit the true sentence ranks first, above chance with its whole interval."""
-    for unit in (planted.SELF, planted.DIGIT, planted.AFTER_DEF):
-        true = scores[unit, unit].score
-        assert true.low is not None and true.value is not None and true.low > scores[unit, unit].chance
-        false = [scores[unit, other].score.value for other in SENTENCES if other != unit]
-        assert all(value is not None and value < true.value for value in false), (unit, true, false)
-
-
-def test_after_steering_the_true_explanation_is_likelier_and_beats_random_units(work: SourceWork) -> None:
-    scorer = work.equipped(Causal(random_units=tuple(UNITS), form="likelihood"), seed=0)
+def held_to_the_truth(scorer: BaseScorer, work: SourceWork) -> dict[tuple[int, int], ScorerResult]:
+    """Of every unit the true sentence ranks first, above chance with its whole interval; the results by unit and whose
+    sentence it is."""
+    units = (planted.SELF, planted.DIGIT, planted.AFTER_DEF)
     scores = {
         (unit, other): replace(scorer, controls=unit == other).score(
             work.evidence(unit), SENTENCES[other], judge(work), seed=0, others=["nothing"]
         )
-        for unit in (planted.SELF, planted.DIGIT, planted.AFTER_DEF)
+        for unit in units
         for other in SENTENCES
     }
-    held_to_the_truth(scores)
+    for unit in units:
+        true = scores[unit, unit].score
+        assert true.low is not None and true.value is not None and true.low > scores[unit, unit].chance
+        false = [scores[unit, other].score.value for other in SENTENCES if other != unit]
+        assert all(value is not None and value < true.value for value in false), (unit, true, false)
+    return scores
+
+
+def test_after_steering_the_true_explanation_is_likelier_and_beats_random_units(work: SourceWork) -> None:
+    scorer = work.equipped(Causal(random_units=tuple(UNITS), form="likelihood"), seed=0)
+    scores = held_to_the_truth(scorer, work)
     for unit in (planted.SELF, planted.DIGIT, planted.AFTER_DEF):
         result = scores[unit, unit]
         controls = {one.name: one.scores["likelihood_gain"] for one in result.controls}
@@ -164,14 +163,7 @@ def test_what_a_unit_does_is_the_same_in_whatever_group_it_is_held(
 
 def test_the_model_does_not_notice_a_true_simulation(work: SourceWork) -> None:
     scorer = work.equipped(AblateToSimulation(simulator=TextSimulator()), seed=0)
-    scores = {
-        (unit, other): replace(scorer, controls=unit == other).score(
-            work.evidence(unit), SENTENCES[other], judge(work), seed=0, others=["nothing"]
-        )
-        for unit in (planted.SELF, planted.DIGIT, planted.AFTER_DEF)
-        for other in SENTENCES
-    }
-    held_to_the_truth(scores)
+    scores = held_to_the_truth(scorer, work)
     for unit in (planted.SELF, planted.DIGIT):
         result = scores[unit, unit]
         assert (result.score.value or 0.0) > 0.99 and result.scores["moved_by_mean"].value

@@ -29,15 +29,13 @@ from neuron_lens.explain.result import TokenValue
 from neuron_lens.explain.scorers import AttentionPairsScorer, Causal, Detection, Embedding
 from neuron_lens.explain.source_work import SourceWork
 from neuron_lens.harvest.effects import UnitEffects
-from neuron_lens.harvest.run import harvest
-from neuron_lens.harvest.sources import NeuronSource
 from neuron_lens.llm import Capabilities, Missing, RandomFaults, Request, ScriptedBackend, prompt_names
 from neuron_lens.records import TokenWindow, Unit
 
 from . import planted
 from .judge import rule_judge
 from .test_evidence import statistics
-from .test_planted import SETTINGS, UNITS
+from .test_planted import UNITS, worked
 
 ANIMALS = puzzle_named("animals").evidence()
 
@@ -299,10 +297,7 @@ def test_equal_calls_of_several_plans_are_made_once() -> None:
 
 @pytest.fixture(scope="module")
 def harvested(tmp_path_factory: pytest.TempPathFactory) -> SourceWork:
-    source = NeuronSource(planted.model(), 0)
-    folder = tmp_path_factory.mktemp("harvest")
-    kept = harvest(source.model, planted.corpus(), [source], folder, SETTINGS, progress=False)
-    return SourceWork(source, kept[source.name])
+    return worked(tmp_path_factory.mktemp("harvest"))
 
 
 def test_evidence_of_a_harvested_unit_is_its_windows(harvested: SourceWork) -> None:

@@ -16,10 +16,13 @@ import torch
 from neuron_lens.errors import RequestError
 from neuron_lens.explain.pipeline import Pipeline
 from neuron_lens.explain.result import RunResult, UnitResult
+from neuron_lens.explain.source_work import SourceWork
 from neuron_lens.harvest.corpus import Corpus, Document, WindowShape
-from neuron_lens.harvest.run import HarvestSettings, harvest_layers, model_inputs
+from neuron_lens.harvest.run import HarvestSettings, harvest, harvest_layers, model_inputs
+from neuron_lens.harvest.sources import NeuronSource
 from neuron_lens.hooks import TransformerHooks
 from neuron_lens.records import Unit
+from neuron_lens.transformer import Transformer
 from neuron_lens.windows import SPLITS
 
 from . import planted
@@ -35,6 +38,13 @@ UNITS = [Unit(layer=0, index=index) for index in range(4)]
 
 def pipeline(folder: Path, **options: object) -> Pipeline:
     return Pipeline(planted.model(), planted.corpus(), folder, settings=SETTINGS, progress=False, **options)
+
+
+def worked(folder: Path, model: Transformer | None = None) -> SourceWork:
+    """The neurons, harvested."""
+    source = NeuronSource(model or planted.model(), 0)
+    kept = harvest(source.model, planted.corpus(), [source], folder, SETTINGS, progress=False)
+    return SourceWork(source, kept[source.name])
 
 
 @pytest.fixture(scope="module")
